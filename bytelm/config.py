@@ -1,0 +1,300 @@
+"""Every config of bytelm, as frozen keyword-only dataclasses.
+
+A config is data: numbers, strings, booleans, tuples. Checks in `__post_init__` name the field, its value and the fix.
+`bytelm/codec.py` reads and writes them as strict YAML; tyro puts a command line over them (the comment beside a field
+is its help text).
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+DType = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
+
+
+class ConfigError(ValueError):
+    """A config that cannot work; the message names field, value and fix, and is shown without a traceback."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
+    """Splits a stack layout such as `m2T1m2` into runs: (("m", 2), ("T", 1), ("m", 2)).
+
+    m = Mamba-2 mixer, t = attention mixer; a capital letter adds a SwiGLU MLP to the block (H-Net's notation).
+    """
+    _require(
+        re.fullmatch(r"([mMtT]\d+)+", layout) is not None,
+        f"stack.layout={layout!r}: expected runs of a letter (m, M: Mamba-2; t, T: attention; capital: with an MLP) "
+        "and a count, such as 'T6' or 'm2T1m2'",
+    )
+    runs = tuple((kind, int(count)) for kind, count in re.findall(r"([mMtT])(\d+)", layout))
+    _require(all(count > 0 for _, count in runs), f"stack.layout={layout!r}: each run needs at least one block")
+    return runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSMConfig:
+    """Shape of the Mamba-2 blocks of a stack."""
+
+    d_state: int = 128  # size of the state kept for each channel (N)
+    expand: int = 2  # inner width as a multiple of d_model
+    head_dim: int = 64  # channels that share one decay
+    conv_width: int = 4  # taps of the causal convolution in front of the recurrence
+    chunk: int = 128  # steps per chunk of the parallel form; changes the speed, not the result
+    form: Literal["auto", "scan", "batched"] = "auto"  # auto: scan on CPU, batched elsewhere
+
+    def __post_init__(self):
+        for name in ("d_state", "expand", "head_dim", "conv_width", "chunk"):
+            _require(getattr(self, name) >= 1, f"ssm.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """A stack of pre-norm residual blocks: attention or Mamba-2, each with or without an MLP."""
+
+    layout: str = "T6"  # runs of blocks: m/M Mamba-2, t/T attention, capital = with MLP; e.g. T6, M12, m4T1m4
+    d_model: int = 256  # width of the residual stream
+    num_heads: int = 4  # query heads
+    num_kv_heads: int = 0  # key and value heads; 0 = num_heads
+    head_dim: int = 0  # features per head; 0 = d_model / num_heads
+    d_mlp: int = 0  # width of the SwiGLU MLP; 0 = 8/3 d_model rounded up to a multiple of 128
+    window: int = 0  # keys that a query sees, itself included; 0 = all
+    rope_dim: int = 0  # rotated features per head; 0 = head_dim
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    norm_eps: float = 1.0e-5  # epsilon of every RMSNorm
+    ssm: SSMConfig = field(default_factory=SSMConfig)  # shape of the Mamba-2 blocks
+    attention: Literal["auto", "xla", "cudnn"] = "auto"  # kernel of full attention; auto: cudnn on GPU where it can
+    scan_layers: bool = True  # run a run of equal blocks as one scan (fast compile, small memory) or unrolled
+    remat: Remat = "none"  # what the backward pass recomputes: none, all but the matmuls, or everything
+
+    def __post_init__(self):
+        runs = parse_layout(self.layout)
+        for name in ("d_model", "num_heads"):
+            _require(getattr(self, name) >= 1, f"stack.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("num_kv_heads", "head_dim", "d_mlp", "window", "rope_dim"):
+            _require(getattr(self, name) >= 0, f"stack.{name}={getattr(self, name)}: must not be negative")
+        if any(kind in "tT" for kind, _ in runs):
+            _require(
+                self.head_dim > 0 or self.d_model % self.num_heads == 0,
+                f"stack.num_heads={self.num_heads} does not divide stack.d_model={self.d_model}: "
+                "change one of them or set stack.head_dim",
+            )
+            _require(
+                self.num_heads % self.kv_heads == 0,
+                f"stack.num_kv_heads={self.num_kv_heads} does not divide stack.num_heads={self.num_heads}",
+            )
+            _require(
+                self.rotary % 2 == 0 and self.rotary <= self.head_width,
+                f"stack.rope_dim={self.rotary}: must be even and at most the head dimension {self.head_width}",
+            )
+        if any(kind in "mM" for kind, _ in runs):
+            inner = self.ssm.expand * self.d_model
+            _require(
+                inner % self.ssm.head_dim == 0,
+                f"stack.ssm.head_dim={self.ssm.head_dim} does not divide expand * d_model = {inner}",
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def rotary(self) -> int:
+        return self.rope_dim or self.head_width
+
+    @property
+    def mlp_width(self) -> int:
+        return self.d_mlp or -(-8 * self.d_model // (3 * 128)) * 128
+
+    @property
+    def ssm_heads(self) -> int:
+        return self.ssm.expand * self.d_model // self.ssm.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatConfig:
+    """A flat byte model: embedding, one stack, head. MambaByte and hybrids are layouts."""
+
+    family: Literal["flat"] = "flat"  # which model family this is
+    stack: StackConfig = field(default_factory=StackConfig)  # the blocks
+    tie_embeddings: bool = True  # use the embedding table as the output matrix
+    dtype: DType = "float32"  # compute type; parameters are float32 always
+    init_std: float = 0.02  # standard deviation of the initial weights (0: 1 / sqrt(fan in))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it becomes batches."""
+
+    train: tuple[str, ...] = ("bundled:shakespeare[:1003854]",)  # files or globs (.txt, .jsonl, .gz, .zst, [a:b] slices)
+    weights: tuple[float, ...] = ()  # share of records drawn from each entry of train; empty = by size
+    valid: tuple[str, ...] = ()  # held-out text; empty = split off train by valid_fraction
+    valid_fraction: float = 0.05  # part of train held out where valid is empty
+    text_field: str = "text"  # field of a jsonl record that holds the text
+    seq_len: int = 1024  # bytes per row
+    batch_size: int = 8  # rows per optimizer step, over all devices
+    packing: Literal["concat", "best_fit"] = "concat"  # cut the stream at row ends, or keep short documents whole
+    packing_bins: int = 8  # open rows per stream of best_fit
+    piece_bytes: int = 0  # documents longer than this are shuffled as pieces; 0 = 16 rows
+    shuffle: bool = True  # shuffle all records anew in each epoch
+    shards: int = 0  # virtual streams; row r of a batch comes from stream r mod shards; 0 = batch_size
+    workers: int = 0  # worker processes that read and pack; 0 = in the training process
+    prefetch: int = 64  # rows each worker keeps ready
+    cache_dir: str = ""  # where decompressed text is kept; empty = ~/.cache/bytelm
+
+    def __post_init__(self):
+        _require(len(self.train) > 0, "data.train is empty: name at least one file or glob")
+        _require(
+            len(self.weights) in (0, len(self.train)),
+            f"data.weights has {len(self.weights)} entries for {len(self.train)} in data.train: give one each, or none",
+        )
+        _require(all(w > 0 for w in self.weights), f"data.weights={self.weights}: each must be above 0")
+        for name in ("seq_len", "batch_size", "packing_bins", "prefetch"):
+            _require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("piece_bytes", "shards", "workers"):
+            _require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must not be negative")
+        _require(0 <= self.valid_fraction < 1, f"data.valid_fraction={self.valid_fraction}: must be in [0, 1)")
+        _require(
+            self.batch_size % self.streams == 0,
+            f"data.shards={self.shards} does not divide data.batch_size={self.batch_size}: each stream must fill the "
+            "same rows of every batch",
+        )
+        _require(
+            self.workers == 0 or self.streams % self.workers == 0,
+            f"data.workers={self.workers} does not divide the {self.streams} streams (data.shards): workers share them",
+        )
+
+    @property
+    def streams(self) -> int:
+        return self.shards or self.batch_size
+
+    @property
+    def piece_length(self) -> int:
+        return self.piece_bytes or 16 * self.seq_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1.0e-3  # peak learning rate
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"  # warm-up, then this; wsd = stable, then decay
+    warmup_steps: int = 100  # linear warm-up from 0
+    decay_fraction: float = 0.2  # wsd: share of the steps spent in the final decay (1 - sqrt form)
+    final_lr: float = 0.0  # end of the schedule, as a share of the peak
+    b1: float = 0.9  # Adam's first moment decay
+    b2: float = 0.95  # Adam's second moment decay
+    eps: float = 1.0e-8  # Adam's epsilon
+    weight_decay: float = 0.1  # decoupled weight decay
+    no_decay: tuple[str, ...] = (r"norm", r"bias$", r"A_log$", r"/D$", r"embed")  # paths (regex) without weight decay
+    clip_norm: float = 1.0  # global gradient norm limit; 0 = none
+    lr_multipliers: tuple[tuple[str, float], ...] = ()  # (path regex, factor): first match scales that parameter's rate
+
+    def __post_init__(self):
+        _require(self.lr > 0, f"optim.lr={self.lr}: must be above 0")
+        _require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps}: must not be negative")
+        for name in ("decay_fraction", "final_lr"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"optim.{name}={value}: must be in [0, 1]")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.{name}={value}: must be in [0, 1)")
+        for pattern in (*self.no_decay, *(p for p, _ in self.lr_multipliers)):
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise ConfigError(f"optim: {pattern!r} is not a regular expression: {e}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Axis sizes of the device mesh; one of them may be -1: what is left."""
+
+    data: int = -1  # copies of the model
+    fsdp: int = 1  # parameters, optimizer state and batch are split over this axis
+    tensor: int = 1  # heads and MLP columns are split over this axis
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        _require(
+            all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
+            f"mesh sizes (data, fsdp, tensor) = {sizes}: each at least 1, at most one of them -1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out evaluation during training."""
+
+    every: int = 200  # steps between evaluations; 0 = only at the end
+    max_bytes: int = 65536  # how much of the held-out text the evaluations during training read; 0 = all
+    final_max_bytes: int = 0  # the same for the last one
+    batch_size: int = 0  # rows per evaluation step; 0 = data.batch_size
+    window: int = 0  # bytes of context; 0 = data.seq_len, and 8192 at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every: int = 500  # steps between checkpoints
+    every_seconds: float = 0.0  # also save when this long has passed since the last one; 0 = off
+    keep: int = 2  # newest checkpoints to keep
+    keep_every: int = 0  # keep each checkpoint whose step is a multiple of this as well; 0 = none
+    best: bool = True  # keep the weights with the lowest held-out bits per byte under best/
+
+    def __post_init__(self):
+        _require(self.every >= 1, f"checkpoint.every={self.every}: must be at least 1")
+        _require(self.keep >= 1, f"checkpoint.keep={self.keep}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run itself."""
+
+    run_dir: str = "runs/default"  # checkpoints, metrics.jsonl, config.yaml and the loss plot go here
+    steps: int = 1000  # optimizer steps
+    seed: int = 0  # of the initial weights and the data order
+    grad_accum: int = 1  # microbatches per step
+    log_every: int = 10  # steps between metric lines
+    init_from: str = ""  # run or weights directory whose weights to start from
+    allow_config_change: bool = False  # resume although model, data or optimizer settings differ
+    compilation_cache: str = ""  # folder of compiled programs; empty = ~/.cache/bytelm/xla, "off" = none
+    profile_start: int = 0  # first step of the profiler window
+    profile_steps: int = 0  # length of the profiler window; 0 = none
+    tensorboard: bool = False  # also write TensorBoard files (extra: tensorboard)
+    wandb_project: str = ""  # also log to this Weights & Biases project (extra: wandb)
+
+    def __post_init__(self):
+        for name in ("steps", "grad_accum", "log_every"):
+            _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be at least 1")
+        _require(self.run_dir != "", "train.run_dir is empty: name a folder for the run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole training run."""
+
+    model: FlatConfig = field(default_factory=FlatConfig)  # the network
+    data: DataConfig = field(default_factory=DataConfig)  # its text
+    optim: OptimConfig = field(default_factory=OptimConfig)  # its optimizer
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # its devices
+    train: TrainConfig = field(default_factory=TrainConfig)  # the run
+    eval: EvalConfig = field(default_factory=EvalConfig)  # held-out evaluation
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # what is saved
+
+    def __post_init__(self):
+        _require(
+            self.data.batch_size % self.train.grad_accum == 0,
+            f"train.grad_accum={self.train.grad_accum} does not divide data.batch_size={self.data.batch_size}",
+        )

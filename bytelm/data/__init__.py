@@ -1,0 +1,1 @@
+"""From files to batches: sources (bytes on disk), functional (pure numpy), pipeline (grain). Never imports jax."""

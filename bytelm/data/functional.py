@@ -1,0 +1,45 @@
+"""Pure numpy steps of the data pipeline."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bytelm.vocab import ByteIds
+
+
+def document_piece(data: bytes, before: int | None, last: bool, ids: ByteIds) -> NDArray[np.int32]:
+    """Inputs and targets [n, 2] for a stretch of a document.
+
+    Position p of a document of n bytes predicts byte p from the bytes before it, and position n predicts the end
+    symbol. `data` holds the bytes to predict, `before` the byte in front of them (None at the start of a document),
+    `last` whether the document ends with them. Each byte is thus predicted exactly once, however a document is cut.
+    """
+    body = np.frombuffer(data, np.uint8).astype(np.int32) + ids.offset
+    first = ids.start if before is None else before + ids.offset
+    targets = np.append(body, np.int32(ids.end)) if last else body
+    inputs = np.concatenate([[np.int32(first)], body])[: len(targets)]
+    return np.stack([inputs, targets], axis=1).astype(np.int32)
+
+
+def cut_pieces(lengths: NDArray[np.int64], piece: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cuts documents of `lengths` bytes (each with one position more, for its end symbol) into pieces.
+
+    Returns (document index, first position) of every piece; piece k of a document covers `piece` positions at most.
+    """
+    counts = -(-(lengths + 1) // piece)
+    documents = np.repeat(np.arange(len(lengths), dtype=np.int64), counts)
+    first_piece = np.repeat(np.cumsum(counts) - counts, counts)
+    starts = (np.arange(len(documents), dtype=np.int64) - first_piece) * piece
+    return documents, starts
+
+
+def rolling_windows(total: int, window: int) -> list[tuple[int, int, int]]:
+    """lm-eval's rolling rule over `total` predictions: (first input, end, first scored) position of each window.
+
+    Windows are disjoint and score each position once; the last one is slid back to be full, and then scores only what
+    the others have not. Position p is the prediction of byte p, made from the inputs first .. p.
+    """
+    out = []
+    for scored in range(0, total, window):
+        end = min(scored + window, total)
+        out.append((max(0, end - window), end, scored))
+    return out

@@ -1,0 +1,33 @@
+"""What every trainable network offers to the trainer and the generator."""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from bytelm.vocab import ByteIds
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Output:
+    """Logits over the family's ids, and what else a forward pass has to say."""
+
+    logits: Float[Array, "b t v"]
+    aux_loss: Float[Array, ""] | float = 0.0  # added to the mean cross-entropy, already weighted
+    metrics: dict[str, Any] = field(default_factory=dict)  # scalars for the log
+
+
+class Network(Protocol):
+    """A byte network. Ids, start and end symbols are those of `ids`."""
+
+    ids: ByteIds
+
+    def __call__(self, inputs: Int[Array, "b t"], segments: Int[Array, "b t"] | None = None) -> Output: ...
+
+    def prefill(
+        self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int
+    ) -> tuple[Float[Array, "b v"], Any]: ...
+
+    def step(self, inputs: Int[Array, " b"], cache: Any) -> tuple[Float[Array, "b v"], Any]: ...

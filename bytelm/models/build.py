@@ -1,0 +1,40 @@
+"""From a model config to a network, its parameters, and back."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+from bytelm.config import FlatConfig
+from bytelm.models.transformer import FlatModel
+from bytelm.vocab import FLAT_IDS, ByteIds
+
+Params = dict[str, Any]  # nested dict of arrays
+
+
+def build(config: FlatConfig, key: Array) -> FlatModel:
+    """The network of a config with fresh weights. `key` is a typed PRNG key."""
+    return FlatModel(config, rngs=nnx.Rngs(params=key))
+
+
+def byte_ids(config: FlatConfig) -> ByteIds:
+    """How the family of this config numbers bytes."""
+    return FLAT_IDS
+
+
+def structure(config: FlatConfig) -> tuple[nnx.GraphDef, Params]:
+    """The network without weights: its graph, and the shapes of its parameters as a nested dict. Allocates nothing."""
+    model = jax.eval_shape(lambda key: build(config, key), jax.random.key(0))
+    graph, state = nnx.split(model, nnx.Param)
+    return graph, nnx.to_pure_dict(state)
+
+
+def init_params(config: FlatConfig, key: Array) -> Params:
+    """Fresh parameters as a nested dict of float32 arrays."""
+    return nnx.to_pure_dict(nnx.split(build(config, key), nnx.Param)[1])
+
+
+def count_parameters(params: Params) -> int:
+    """Number of parameters in a nested dict of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

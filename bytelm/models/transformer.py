@@ -1,0 +1,55 @@
+"""The flat byte model: embedding, one stack of attention and Mamba-2 blocks, head.
+
+Ids 0-255 are bytes; 256 stands in front of a document and ends it. The table is padded to a multiple of 128 rows.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from bytelm.config import FlatConfig
+from bytelm.models.base import Output
+from bytelm.nn.cache import StackCache
+from bytelm.nn.layers import Embedding, Linear, wide
+from bytelm.nn.stack import Stack
+from bytelm.vocab import FLAT_IDS, NUM_SYMBOLS
+
+TABLE_ROWS = -(-NUM_SYMBOLS // 128) * 128
+
+
+class FlatModel(nnx.Module):
+    """A flat decoder over bytes; logits have v = 257 entries, in float32 or wider."""
+
+    ids = FLAT_IDS
+
+    def __init__(self, config: FlatConfig, *, rngs: nnx.Rngs):
+        d, std = config.stack.d_model, config.init_std
+        self.config = config
+        self.embed = Embedding(TABLE_ROWS, d, std=std, dtype=config.dtype, rngs=rngs)
+        self.stack = Stack(config.stack, std=std, dtype=config.dtype, rngs=rngs)
+        if not config.tie_embeddings:
+            self.head = Linear((d,), (TABLE_ROWS,), std=std, dtype=config.dtype, rngs=rngs)
+
+    def _logits(self, y):
+        logits = self.embed.attend(y) if self.config.tie_embeddings else self.head(y)
+        return logits[..., :NUM_SYMBOLS].astype(wide(logits.dtype))
+
+    def __call__(self, inputs: Int[Array, "b t"], segments: Int[Array, "b t"] | None = None) -> Output:
+        """Logits of the next symbol after each input. Where `segments` changes, nothing flows across.
+
+        Rotary positions run on over the whole row: attention sees only differences of positions within a segment.
+        """
+        return Output(self._logits(self.stack(self.embed(inputs), segments=segments)))
+
+    def prefill(
+        self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int
+    ) -> tuple[Float[Array, "b v"], StackCache]:
+        """Logits after each row's last input and the cache behind it; rows are right-padded, lengths at least 1."""
+        y, cache = self.stack.prefill(self.embed(inputs), lengths, max_length)
+        last = jnp.take_along_axis(y, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return self._logits(last), cache
+
+    def step(self, inputs: Int[Array, " b"], cache: StackCache) -> tuple[Float[Array, "b v"], StackCache]:
+        """Logits after one more input per row."""
+        y, cache = self.stack.step(self.embed(inputs), cache)
+        return self._logits(y), cache

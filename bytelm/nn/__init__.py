@@ -1,0 +1,1 @@
+"""Blocks with weights (layers, attention, mamba2, stack, cache) and pure functions without (recurrence)."""

@@ -1,0 +1,165 @@
+"""Causal grouped-query attention: full, banded where a window saves work, and one step against a cache."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from bytelm.config import StackConfig
+from bytelm.nn.cache import AttentionCache
+from bytelm.nn.layers import Linear, rotate, wide
+from bytelm.parallel.mesh import shard
+
+
+def attend(
+    q: Float[Array, "b q h k"], k: Float[Array, "b s g k"], v: Float[Array, "b s g k"], mask: Bool[Array, "b q s"]
+) -> Float[Array, "b q h k"]:
+    """softmax(q k / sqrt(head width)) v where mask is True; softmax in float32 or wider; query head i reads kv head
+    i // (h / g). A row that may see nothing gives the mean of v (finite, and of no use)."""
+    b, t, h, width = q.shape
+    g = k.shape[2]
+    kind = wide(q.dtype)
+    grouped = q.reshape(b, t, g, h // g, width)
+    scores = jnp.einsum("bqgrk,bsgk->bgrqs", grouped, k, preferred_element_type=kind) * (width**-0.5)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(kind).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrqs,bsgk->bqgrk", weights, v).reshape(b, t, h, width)
+
+
+def causal_mask(t: int, window: int, segments: Int[Array, "b t"] | None) -> Bool[Array, "#b t t"]:
+    """Which keys each query may see: not later ones, at most `window` (0 = all), only its own segment."""
+    behind = jnp.arange(t)[:, None] - jnp.arange(t)[None, :]
+    mask = (behind >= 0) & ((behind < window) if window else True)
+    if segments is None:
+        return mask[None]
+    return mask[None] & (segments[:, :, None] == segments[:, None, :])
+
+
+def banded_attend(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t g k"],
+    window: int,
+    segments: Int[Array, "b t"] | None = None,
+) -> Float[Array, "b t h k"]:
+    """Causal attention over the last `window` keys, block by block: work and memory grow with t * window, not t^2.
+
+    The row is cut into blocks of at least `window`; a block of queries sees its own keys and the block before.
+    Equals `attend` under `causal_mask(t, window, segments)`.
+    """
+    b, t, h, width = q.shape
+    block = max(window, 32)
+    blocks = -(-t // block)
+    pad = blocks * block - t
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(b, blocks, block, *x.shape[2:])
+
+    def with_previous(x):
+        before = jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.concatenate([before, x], axis=2)
+
+    behind = jnp.arange(block)[:, None] + block - jnp.arange(2 * block)[None, :]
+    real = (jnp.arange(blocks)[:, None, None] > 0) | (jnp.arange(2 * block) >= block)
+    mask = (behind >= 0) & (behind < window) & real  # [blocks, block, 2 block]
+    mask = jnp.broadcast_to(mask[None], (b, *mask.shape))
+    if segments is not None:
+        s = cut(segments)
+        mask &= s[..., :, None] == with_previous(s)[..., None, :]
+
+    def flat(x):
+        return x.reshape(b * blocks, *x.shape[2:])
+
+    y = attend(flat(cut(q)), flat(with_previous(cut(k))), flat(with_previous(cut(v))), flat(mask))
+    return y.reshape(b, blocks * block, h, width)[:, :t]
+
+
+def full_attend(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t g k"],
+    segments: Int[Array, "b t"] | None,
+    kernel: str,
+) -> Float[Array, "b t h k"]:
+    """Causal attention over the whole row, cut at segments, by the kernel asked for (StackConfig.attention).
+
+    `auto` takes cuDNN on a GPU for 16-bit rows without segments (it has no segment mask), else XLA.
+    """
+    if kernel == "auto":
+        fits = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and segments is None
+        kernel = "cudnn" if fits else "xla"
+    if kernel == "xla":
+        return attend(q, k, v, causal_mask(q.shape[1], 0, segments))
+    mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with rotary positions (Ainslie et al. 2023; Su et al. 2021)."""
+
+    def __init__(self, config: StackConfig, *, std: float, out_std: float, dtype: str, rngs: nnx.Rngs):
+        d, width = config.d_model, config.head_width
+        self.q = Linear((d,), (config.num_heads, width), std=std, dtype=dtype, rngs=rngs)
+        self.k = Linear((d,), (config.kv_heads, width), std=std, dtype=dtype, rngs=rngs)
+        self.v = Linear((d,), (config.kv_heads, width), std=std, dtype=dtype, rngs=rngs)
+        self.out = Linear((config.num_heads, width), (d,), std=out_std, dtype=dtype, rngs=rngs)
+        self.config = config
+
+    def _project(self, x, positions):
+        c = self.config
+        q = shard(rotate(self.q(x), positions, c.rotary, c.rope_theta), "batch", None, "heads", None)
+        k = shard(rotate(self.k(x), positions, c.rotary, c.rope_theta), "batch", None, "kv_heads", None)
+        return q, k, shard(self.v(x), "batch", None, "kv_heads", None)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], segments: Int[Array, "b t"] | None = None
+    ) -> Float[Array, "b t d"]:
+        return self._attend(*self._project(x, positions), segments)
+
+    def _attend(self, q, k, v, segments):
+        c, t = self.config, q.shape[1]
+        if 0 < c.window < t:
+            # Below two blocks the band covers the row: the plain form does less work.
+            if t > 2 * max(c.window, 32):
+                return self.out(banded_attend(q, k, v, c.window, segments))
+            return self.out(attend(q, k, v, causal_mask(t, c.window, segments)))
+        return self.out(full_attend(q, k, v, segments, c.attention))
+
+    def prefill(
+        self, x: Float[Array, "b t d"], lengths: Int[Array, " b"], max_length: int
+    ) -> tuple[Float[Array, "b t d"], AttentionCache]:
+        """Forward over right-padded rows, and the cache after each row's `lengths` positions."""
+        b, t, _ = x.shape
+        q, k, v = self._project(x, jnp.broadcast_to(jnp.arange(t), (b, t)))
+        slots = self.slots(max_length)
+        position = newest_position(lengths - 1, slots)
+        index = jnp.clip(position, 0, t - 1)[..., None, None]
+        cache = AttentionCache(jnp.take_along_axis(k, index, 1), jnp.take_along_axis(v, index, 1))
+        return self._attend(q, k, v, None), cache
+
+    def step(
+        self, x: Float[Array, "b d"], cache: AttentionCache, lengths: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b d"], AttentionCache]:
+        """One position per row: row i's new position is lengths[i], and the cache holds those before it."""
+        q, k, v = self._project(x[:, None], lengths[:, None])
+        rows, slots = jnp.arange(x.shape[0]), cache.k.shape[1]
+        cache = AttentionCache(
+            cache.k.at[rows, lengths % slots].set(k[:, 0]), cache.v.at[rows, lengths % slots].set(v[:, 0])
+        )
+        y = attend(q, cache.k, cache.v, (newest_position(lengths, slots) >= 0)[:, None])
+        return self.out(y)[:, 0], cache
+
+    def slots(self, max_length: int) -> int:
+        """Cache slots needed for rows of up to `max_length` positions: a window keeps a ring of its own size."""
+        return min(max_length, self.config.window or max_length)
+
+    def empty_cache(self, b: int, max_length: int) -> AttentionCache:
+        shape = (b, self.slots(max_length), self.config.kv_heads, self.config.head_width)
+        return AttentionCache(jnp.zeros(shape, self.k.dtype), jnp.zeros(shape, self.v.dtype))
+
+
+def newest_position(last: Int[Array, " b"], slots: int) -> Int[Array, "b s"]:
+    """The newest position that slot j of a ring of `slots` holds once position `last` is written; negative: empty."""
+    slot = jnp.arange(slots)
+    return slot + slots * ((last[:, None] - slot) // slots)

@@ -1,0 +1,91 @@
+"""Linear maps, norm, MLP, embedding. Parameters are float32; each layer computes in the dtype it is given."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """float32, or `dtype` where that is wider: the type of norms, softmax, recurrences and losses."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class Linear(nnx.Module):
+    """y[..., out] = sum over the input axes of x[..., in] kernel[in, out]; both sides may span several axes, no bias."""
+
+    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, std: float, dtype: str, rngs: nnx.Rngs):
+        """`std` 0 means 1 / sqrt(product of `inputs`)."""
+        scale = std or 1 / math.sqrt(math.prod(inputs))
+        self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (*inputs, *outputs), jnp.float32))
+        self.input_axes = len(inputs)
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        n = self.input_axes
+        dims = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+        return jax.lax.dot_general(x.astype(self.dtype), self.kernel[...].astype(self.dtype), (dims, ((), ())))
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last `len(shape)` axes, in float32 or wider; the result has `dtype`."""
+
+    def __init__(self, shape: tuple[int, ...], *, eps: float, dtype: str):
+        self.scale = nnx.Param(jnp.ones(shape, jnp.float32))
+        self.eps = eps
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        scale = self.scale[...]
+        axes = tuple(range(x.ndim - scale.ndim, x.ndim))
+        x = x.astype(wide(x.dtype))
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axes, keepdims=True) + self.eps)
+        return (x * scale).astype(self.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, "GLU variants improve transformer")."""
+
+    def __init__(self, d: int, f: int, *, std: float, out_std: float, dtype: str, rngs: nnx.Rngs):
+        self.gate = Linear((d,), (f,), std=std, dtype=dtype, rngs=rngs)
+        self.up = Linear((d,), (f,), std=std, dtype=dtype, rngs=rngs)
+        self.down = Linear((f,), (d,), std=out_std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Embedding(nnx.Module):
+    """A table [v, d] that turns ids into vectors and, where tied, vectors into logits."""
+
+    def __init__(self, v: int, d: int, *, std: float, dtype: str, rngs: nnx.Rngs):
+        self.table = nnx.Param((std or 1 / math.sqrt(d)) * jax.random.normal(rngs.params(), (v, d), jnp.float32))
+        self.dtype = dtype
+
+    def __call__(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+        return self.table[...].astype(self.dtype)[ids]
+
+    def attend(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Logits x . table, in float32 or wider."""
+        return jax.lax.dot_general(
+            x.astype(self.dtype),
+            self.table[...].astype(self.dtype),
+            (((x.ndim - 1,), (1,)), ((), ())),
+            preferred_element_type=wide(self.dtype),
+        )
+
+
+def rotate(x: Float[Array, "b t h k"], positions: Int[Array, "b t"], dim: int, theta: float) -> Float[Array, "b t h k"]:
+    """Rotary position embedding on the first `dim` features of each head, half-split pairs (Su et al. 2021, eq. 34).
+
+    Feature i turns with feature i + dim / 2 at frequency theta^(-2i / dim); angles are computed in float32 or wider.
+    """
+    kind = wide(x.dtype)
+    frequency = theta ** (-jnp.arange(0, dim, 2, dtype=kind) / dim)
+    angle = positions[..., None].astype(kind) * frequency
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    a, b, rest = x[..., : dim // 2].astype(kind), x[..., dim // 2 : dim].astype(kind), x[..., dim:]
+    turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x.dtype)
+    return jnp.concatenate([turned, rest], -1) if dim < x.shape[-1] else turned

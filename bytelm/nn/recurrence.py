@@ -1,0 +1,149 @@
+"""Linear recurrences and the short causal convolution: pure functions, no weights.
+
+State-space duality (Dao & Gu 2024, "Transformers are SSMs", section 6): with a_t = exp(dt_t A),
+
+    S_t = a_t S_{t-1} + dt_t x_t (outer) B_t,        y_t = S_t C_t,
+
+per head, S of shape [p, n], B and C shared by all heads. Written three ways: token by token (`ssd_sequential`, the
+oracle), in chunks (`ssd`), and one step (`ssd_step`). Sums of log decays are taken inside a chunk only, because float32
+loses digits over long rows; masks are applied before the exponential, because 0 * inf would poison the gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from bytelm.nn.layers import wide
+
+
+def causal_conv(
+    x: Float[Array, "b t *c"],
+    kernel: Float[Array, "w *c"],
+    bias: Float[Array, "*c"],
+    segments: Int[Array, "b t"] | None = None,
+) -> Float[Array, "b t *c"]:
+    """Depthwise causal convolution: y_t = bias + sum_j kernel[w-1-j] x_{t-j}, taps cut where the segment changes."""
+    b, t = x.shape[:2]
+    width, trailing = kernel.shape[0], (1,) * (x.ndim - 2)
+    y = x * kernel[-1]
+    for j in range(1, min(width, t)):
+        tap = jnp.pad(x[:, : t - j], ((0, 0), (j, 0)) + ((0, 0),) * (x.ndim - 2))
+        if segments is not None:
+            before = jnp.pad(segments[:, : t - j], ((0, 0), (j, 0)), constant_values=-1)
+            tap = jnp.where((before == segments).reshape(b, t, *trailing), tap, 0)
+        y = y + tap * kernel[-1 - j]
+    return y + bias
+
+
+def ssd_step(
+    state: Float[Array, "b h p n"],
+    x: Float[Array, "b h p"],
+    dt: Float[Array, "b h"],
+    A: Float[Array, " h"],
+    B: Float[Array, "b n"],
+    C: Float[Array, "b n"],
+) -> tuple[Float[Array, "b h p n"], Float[Array, "b h p"]]:
+    """One step of the recurrence: the new state and y."""
+    kind = wide(x.dtype)
+    x, B, C = x.astype(kind), B.astype(kind), C.astype(kind)
+    state = jnp.exp(dt * A)[..., None, None] * state + (dt[..., None] * x)[..., None] * B[:, None, None, :]
+    return state, jnp.einsum("bhpn,bn->bhp", state, C)
+
+
+def ssd_sequential(
+    x: Float[Array, "b t h p"],
+    dt: Float[Array, "b t h"],
+    A: Float[Array, " h"],
+    B: Float[Array, "b t n"],
+    C: Float[Array, "b t n"],
+    segments: Int[Array, "b t"] | None = None,
+) -> tuple[Float[Array, "b t h p"], Float[Array, "b h p n"]]:
+    """The recurrence token by token: y and the last state. The oracle of the chunked forms; slow to differentiate."""
+    b, t, h, p = x.shape
+    start = jnp.zeros((b, t), bool) if segments is None else jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+
+    def step(state, now):
+        x, dt, B, C, start = now
+        state, y = ssd_step(jnp.where(start[:, None, None, None], 0, state), x, dt, A, B, C)
+        return state, y
+
+    first = jnp.zeros((b, h, p, B.shape[-1]), wide(x.dtype))
+    state, y = jax.lax.scan(step, first, jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (x, dt, B, C, start)))
+    return jnp.moveaxis(y, 0, 1), state
+
+
+def ssd(
+    x: Float[Array, "b t h p"],
+    dt: Float[Array, "b t h"],
+    A: Float[Array, " h"],
+    B: Float[Array, "b t n"],
+    C: Float[Array, "b t n"],
+    segments: Int[Array, "b t"] | None = None,
+    *,
+    chunk: int,
+    form: str = "auto",
+) -> tuple[Float[Array, "b t h p"], Float[Array, "b h p n"]]:
+    """The recurrence in chunks: y and the last state, both float32 or wider.
+
+    dt and A are float32 or wider, dt >= 0, A <= 0; dt = 0 leaves the state as it is. A change of `segments` resets the
+    state. `scan` does one chunk at a time and recomputes it in the backward pass (least memory, fastest on CPU);
+    `batched` does the work of all chunks as batched matmuls and scans over the carried states only.
+    """
+    b, t, h, p = x.shape
+    kind = wide(x.dtype)
+    chunk = min(chunk, t)
+    pad = -t % chunk
+    segments = jnp.zeros((b, t), jnp.int32) if segments is None else segments
+    if pad:  # dt = 0 and the last segment: the padding neither reads nor changes the state
+        x, dt, B, C = (jnp.pad(v, ((0, 0), (0, pad)) + ((0, 0),) * (v.ndim - 2)) for v in (x, dt, B, C))
+        segments = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge")
+
+    def cut(v):  # [b, t, ...] -> [chunks, b, chunk, ...]
+        return jnp.moveaxis(v.reshape(b, -1, chunk, *v.shape[2:]), 1, 0)
+
+    x, dt, B, C, segments = cut(x), cut(dt), cut(B), cut(C), cut(segments)
+    before = jnp.concatenate([segments[:1, :, 0], segments[:-1, :, -1]])  # segment that a chunk's carried state is of
+    first = jnp.zeros((b, h, p, B.shape[-1]), kind)
+    if form == "auto":
+        form = "scan" if jax.default_backend() == "cpu" else "batched"
+    if form == "scan":
+
+        def one(state, now):
+            local, gain, added, kept = _chunk_terms(*now[:5], A, now[5])
+            return kept * state + added, local + _read(state, now[3], gain)
+
+        state, y = jax.lax.scan(jax.checkpoint(one), first, (x, dt, B, C, segments, before))
+    else:
+        local, gain, added, kept = jax.vmap(_chunk_terms, in_axes=(0, 0, 0, 0, 0, None, 0))(
+            x, dt, B, C, segments, A, before
+        )
+        state, carried = jax.lax.scan(lambda s, now: (now[1] * s + now[0], s), first, (added, kept))
+        y = local + jax.vmap(_read)(carried, C, gain)
+    return jnp.moveaxis(y, 0, 1).reshape(b, t + pad, h, p)[:, :t], state
+
+
+def _chunk_terms(x, dt, B, C, segments, A, before):
+    """What one chunk [b, q, ...] yields without its carried state: (local output [b, q, h, p], decay from the chunk's
+    start [b, q, h], state added [b, h, p, n], factor on the carried state [b, h, 1, 1])."""
+    kind = wide(x.dtype)
+    q = x.shape[1]
+    log_decay = jnp.cumsum(jnp.moveaxis(dt * A, 1, 2), axis=-1)  # [b, h, q]
+    visible = jnp.tril(jnp.ones((q, q), bool)) & (segments[:, :, None] == segments[:, None, :])
+    between = jnp.where(visible[:, None], log_decay[..., :, None] - log_decay[..., None, :], -jnp.inf)
+    scores = jnp.einsum("bqn,bsn->bqs", C, B, preferred_element_type=kind)
+    weights = scores[:, None] * jnp.exp(between) * jnp.moveaxis(dt, 1, 2)[:, :, None, :]
+    local = jnp.einsum("bhqs,bshp->bqhp", weights.astype(x.dtype), x, preferred_element_type=kind)
+
+    same_start = (segments == before[:, None])[:, None]  # no segment began since the chunk's start
+    gain = jnp.moveaxis(jnp.exp(jnp.where(same_start, log_decay, -jnp.inf)), 1, 2)
+    last = segments[:, -1:]
+    to_end = jnp.where((segments == last)[:, None], log_decay[..., -1:] - log_decay, -jnp.inf)
+    share = jnp.moveaxis(jnp.exp(to_end), 1, 2) * dt  # [b, q, h]
+    added = jnp.einsum("bshp,bsn->bhpn", (share[..., None] * x).astype(x.dtype), B, preferred_element_type=kind)
+    kept = jnp.where(last == before[:, None], jnp.exp(log_decay[..., -1]), 0)[..., None, None]
+    return local, gain, added, kept
+
+
+def _read(state, C, gain):
+    """Output of the carried state [b, h, p, n] at the positions of a chunk."""
+    return jnp.einsum("bqn,bhpn->bqhp", C.astype(state.dtype), state) * gain[..., None]

@@ -1,0 +1,134 @@
+"""A stack of pre-norm residual blocks in runs of equal kind, each run one scan over stacked weights.
+
+The residual stream is float32 or wider; block inputs and outputs have the compute dtype. Equal to the isotropic stack
+of H-Net: r += mixer(rms(r)); r += mlp(rms(r)); out = rms(r).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from bytelm.config import StackConfig, parse_layout
+from bytelm.nn.attention import Attention
+from bytelm.nn.cache import StackCache
+from bytelm.nn.layers import RMSNorm, SwiGLU, wide
+from bytelm.nn.mamba2 import Mamba2
+from bytelm.parallel.mesh import shard
+
+
+class Block(nnx.Module):
+    """One mixer (attention or Mamba-2), with or without an MLP, each behind its norm and added to the residual."""
+
+    def __init__(self, kind: str, config: StackConfig, *, std: float, out_std: float, dtype: str, rngs: nnx.Rngs):
+        self.kind = kind
+        self.mixer_norm = RMSNorm((config.d_model,), eps=config.norm_eps, dtype=dtype)
+        mixer = dict(std=std, out_std=out_std, dtype=dtype, rngs=rngs)
+        if kind in "tT":
+            self.attention = Attention(config, **mixer)
+        else:
+            self.mamba = Mamba2(config, **mixer)
+        if kind.isupper():
+            self.mlp_norm = RMSNorm((config.d_model,), eps=config.norm_eps, dtype=dtype)
+            self.mlp = SwiGLU(config.d_model, config.mlp_width, std=std, out_std=out_std, dtype=dtype, rngs=rngs)
+
+    @property
+    def mixer(self) -> Attention | Mamba2:
+        return self.attention if self.kind in "tT" else self.mamba
+
+    def _feed_forward(self, r):
+        return r + self.mlp(self.mlp_norm(r)).astype(r.dtype) if self.kind.isupper() else r
+
+    def __call__(self, r, positions, segments):
+        r = r + self.mixer(self.mixer_norm(r), positions, segments).astype(r.dtype)
+        return shard(self._feed_forward(r), "batch", None, None)
+
+    def prefill(self, r, lengths, max_length):
+        y, cache = self.mixer.prefill(self.mixer_norm(r), lengths, max_length)
+        return self._feed_forward(r + y.astype(r.dtype)), cache
+
+    def step(self, r, cache, lengths):
+        y, cache = self.mixer.step(self.mixer_norm(r), cache, lengths)
+        return self._feed_forward(r + y.astype(r.dtype)), cache
+
+
+def residual_additions(layout: str) -> int:
+    """How many times a stack adds to its residual stream (each mixer and each MLP once)."""
+    return sum(count * (2 if kind.isupper() else 1) for kind, count in parse_layout(layout))
+
+
+_REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+class Stack(nnx.Module):
+    """The blocks of a StackConfig and the closing norm. Run i is the attribute `run{i}`, its weights stacked [l, ...]."""
+
+    def __init__(self, config: StackConfig, *, std: float, dtype: str, rngs: nnx.Rngs, out_scale: float = 0.0):
+        """`out_scale` scales the initial output projections; 0 = 1 / sqrt(residual additions)."""
+        self.config = config
+        scale = out_scale or 1 / math.sqrt(residual_additions(config.layout))
+        self.num_runs = len(parse_layout(config.layout))
+        for i, (kind, count) in enumerate(parse_layout(config.layout)):
+            widest = config.mlp_width if kind.isupper() else config.d_model
+            out_std = (std or 1 / math.sqrt(widest)) * scale
+            make = lambda key, kind=kind, out_std=out_std: Block(  # noqa: E731
+                kind, config, std=std, out_std=out_std, dtype=dtype, rngs=nnx.Rngs(params=key)
+            )
+            setattr(self, f"run{i}", jax.vmap(make)(jax.random.split(rngs.params(), count)))
+        self.norm = RMSNorm((config.d_model,), eps=config.norm_eps, dtype=dtype)
+
+    def _runs(self):
+        return ((f"run{i}", getattr(self, f"run{i}")) for i in range(self.num_runs))
+
+    def _over_layers(self, body, carry, per_layer):
+        return jax.lax.scan(body, carry, per_layer, unroll=1 if self.config.scan_layers else True)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        positions: Int[Array, "b t"] | None = None,
+        segments: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """Causal forward. Positions default to 0..t-1; where `segments` changes, nothing flows across."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        r = x.astype(wide(x.dtype))
+
+        def body(r, block):
+            return block(r, positions, segments), None
+
+        if self.config.remat != "none":
+            body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False)
+        for _, run in self._runs():
+            r, _ = self._over_layers(body, r, run)
+        return self.norm(r)
+
+    def prefill(
+        self, x: Float[Array, "b t d"], lengths: Int[Array, " b"], max_length: int
+    ) -> tuple[Float[Array, "b t d"], StackCache]:
+        """Forward over right-padded rows (outputs past a row's length are of no use) and the cache after `lengths`
+        positions, with room for `max_length`."""
+        r, caches = x.astype(wide(x.dtype)), {}
+        for name, run in self._runs():
+            r, caches[name] = self._over_layers(lambda r, block: block.prefill(r, lengths, max_length), r, run)
+        return self.norm(r), StackCache(lengths, caches)
+
+    def step(self, x: Float[Array, "b d"], cache: StackCache) -> tuple[Float[Array, "b d"], StackCache]:
+        """One position per row. The caller keeps lengths below the cache's room."""
+        r, caches = x.astype(wide(x.dtype)), {}
+        for name, run in self._runs():
+            r, caches[name] = self._over_layers(
+                lambda r, layer: layer[0].step(r, layer[1], cache.lengths), r, (run, cache.runs[name])
+            )
+        return self.norm(r), StackCache(cache.lengths + 1, caches)
+
+    def empty_cache(self, b: int, max_length: int) -> StackCache:
+        """The cache of rows that have seen nothing yet."""
+        caches = {}
+        for name, run in self._runs():
+            count = run.mixer_norm.scale.shape[0]
+            one = run.mixer.empty_cache(b, max_length)
+            caches[name] = jax.tree.map(lambda v, count=count: jnp.broadcast_to(v, (count, *v.shape)), one)
+        return StackCache(jnp.zeros(b, jnp.int32), caches)

@@ -1,0 +1,57 @@
+"""The device mesh and the one sharding hint that models use."""
+
+import jax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from bytelm.config import ConfigError, MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of an array dimension -> mesh axes that split it. One table for parameters and activations.
+LOGICAL_TO_MESH: dict[str | None, tuple[str, ...] | str | None] = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",  # d_model of a weight matrix
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "layers": None,
+    "replicated": None,
+    None: None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """Builds the (data, fsdp, tensor) mesh over all devices; a size of -1 takes what the others leave.
+
+    Raises ConfigError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = 1
+    for size in sizes.values():
+        fixed *= max(size, 1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+        fixed = len(devices)
+    if fixed != len(devices):
+        raise ConfigError(
+            f"mesh sizes {', '.join(f'{a}={getattr(config, a)}' for a in AXES)} need {fixed} devices (or a divisor of "
+            f"them where one is -1), but {len(devices)} are here: change mesh.* so that they multiply to {len(devices)}"
+        )
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def to_spec(logical: tuple[str | None, ...]) -> P:
+    """PartitionSpec of a tuple of logical axis names."""
+    return P(*(LOGICAL_TO_MESH[axis] for axis in logical))
+
+
+def shard(x: Array, *logical: str | None) -> Array:
+    """Asks the compiler to lay out `x` by logical axes; without a mesh it returns `x` as it is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, to_spec(logical))

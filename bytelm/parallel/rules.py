@@ -1,0 +1,78 @@
+"""Which parameter is split how: a table from path patterns to logical axes, kept outside the models.
+
+Exactly one row must match each parameter; none or two is an error. The same table serves the optimizer state, whose
+paths end in the parameter's own path.
+"""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bytelm.config import ConfigError
+from bytelm.parallel.mesh import to_spec
+
+# Parameters inside a run of blocks carry a leading "layers" axis.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed/table", (None, "embed")),
+    (r"head/kernel", ("embed", None)),
+    (r"stack/norm/scale", (None,)),
+    (r"run\d+/(mixer|mlp)_norm/scale", ("layers", None)),
+    (r"run\d+/attention/q/kernel", ("layers", "embed", "heads", None)),
+    (r"run\d+/attention/[kv]/kernel", ("layers", "embed", "kv_heads", None)),
+    (r"run\d+/attention/out/kernel", ("layers", "heads", None, "embed")),
+    (r"run\d+/mlp/(gate|up)/kernel", ("layers", "embed", "mlp")),
+    (r"run\d+/mlp/down/kernel", ("layers", "mlp", "embed")),
+    (r"run\d+/mamba/[zx]/kernel", ("layers", "embed", "heads", None)),
+    (r"run\d+/mamba/bc/kernel", ("layers", "embed", None, None)),
+    (r"run\d+/mamba/dt/kernel", ("layers", "embed", "heads")),
+    (r"run\d+/mamba/conv_x/kernel", ("layers", None, "heads", None)),
+    (r"run\d+/mamba/conv_x/bias", ("layers", "heads", None)),
+    (r"run\d+/mamba/conv_bc/kernel", ("layers", None, None, None)),
+    (r"run\d+/mamba/conv_bc/bias", ("layers", None, None)),
+    (r"run\d+/mamba/(A_log|D|dt_bias)", ("layers", "heads")),
+    (r"run\d+/mamba/norm/scale", ("layers", "heads", None)),
+    (r"run\d+/mamba/out/kernel", ("layers", "heads", None, "embed")),
+)
+
+
+def path_string(path: tuple) -> str:
+    """A pytree path as `stack/run0/attention/q/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def logical_axes(path: str, rules: tuple = RULES) -> tuple[str | None, ...]:
+    """The logical axes of the parameter at `path`. Raises ValueError unless exactly one row matches."""
+    rows = [(pattern, axes) for pattern, axes in rules if re.search(rf"(^|/){pattern}$", path)]
+    if len(rows) != 1:
+        found = "no row" if not rows else "the rows " + " and ".join(repr(p) for p, _ in rows)
+        raise ValueError(f"parameter {path!r}: {found} of the sharding table match; exactly one must")
+    return rows[0][1]
+
+
+def state_shardings(mesh: Mesh, abstract: Any, rules: tuple = RULES) -> Any:
+    """NamedShardings for a train state (parameters, optimizer moments, counters) given by its shapes.
+
+    Scalars are replicated. Raises ConfigError where a mesh axis does not divide the dimension it should split.
+    """
+
+    def one(path, leaf):
+        if leaf.ndim == 0:
+            return NamedSharding(mesh, P())
+        name = path_string(path)
+        axes = logical_axes(name, rules)
+        if len(axes) != leaf.ndim:
+            raise ValueError(f"parameter {name!r} has shape {leaf.shape}, the sharding table gives it axes {axes}")
+        spec = to_spec(axes)
+        for size, mesh_axis, axis in zip(leaf.shape, spec, axes):
+            ways = mesh.shape[mesh_axis] if isinstance(mesh_axis, str) else 1
+            if size % ways:
+                raise ConfigError(
+                    f"mesh.{mesh_axis}={ways} does not divide {axis}={size} of parameter {name}: "
+                    f"choose a mesh.{mesh_axis} that divides {size}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map_with_path(one, abstract)

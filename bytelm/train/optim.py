@@ -1,0 +1,78 @@
+"""AdamW, schedules, and per-parameter learning-rate multipliers, from OptimConfig."""
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bytelm.config import ConfigError, OptimConfig
+from bytelm.models.build import Params
+from bytelm.parallel.rules import path_string
+
+
+def learning_rate(config: OptimConfig, steps: int) -> Callable:
+    """Learning rate of each step 0 .. steps - 1: linear warm-up, then the schedule down to final_lr x peak.
+
+    wsd: constant, then 1 - sqrt over the last `decay_fraction` (Hägele et al. 2024).
+    """
+    warmup = min(config.warmup_steps, steps)
+    decay = max(int(steps * config.decay_fraction), 1)
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        rise = jnp.minimum((step + 1) / max(warmup, 1), 1.0) if warmup else 1.0
+        if config.schedule == "wsd":
+            progress = jnp.clip((step + 1 - (steps - decay)) / decay, 0.0, 1.0)
+            shape = 1 - jnp.sqrt(progress)
+        else:
+            progress = jnp.clip((step + 1 - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+            shape = {"cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)), "linear": 1 - progress, "constant": 1.0}[
+                config.schedule
+            ]
+        return config.lr * rise * (config.final_lr + (1 - config.final_lr) * shape)
+
+    return rate
+
+
+def decay_mask(config: OptimConfig, params: Params) -> Params:
+    """True where weight decay applies: parameters whose path no pattern of `no_decay` finds."""
+    return jax.tree.map_with_path(
+        lambda path, _: not any(re.search(p, path_string(path)) for p in config.no_decay), params
+    )
+
+
+def lr_factors(config: OptimConfig, params: Params) -> Params:
+    """Learning-rate multiplier of each parameter: the first pattern that its path matches, else 1.
+
+    Raises ConfigError for a pattern that matches no parameter.
+    """
+    used = set()
+
+    def factor(path, _):
+        for pattern, value in config.lr_multipliers:
+            if re.search(pattern, path_string(path)):
+                used.add(pattern)
+                return value
+        return 1.0
+
+    factors = jax.tree.map_with_path(factor, params)
+    for pattern, _ in config.lr_multipliers:
+        if pattern not in used:
+            raise ConfigError(f"optim.lr_multipliers: {pattern!r} matches no parameter (or an earlier pattern took all)")
+    return factors
+
+
+def make_optimizer(config: OptimConfig, steps: int, params: Params) -> optax.GradientTransformation:
+    """Clip, Adam, decoupled decay, multipliers, schedule. `params` may be shapes."""
+    rate = learning_rate(config, steps)
+    factors = lr_factors(config, params)
+    scale = optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u if f == 1.0 else u * f, updates, factors))
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(config, params)),
+        scale,
+        optax.scale_by_schedule(lambda step: -rate(step)),
+    )

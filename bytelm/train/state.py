@@ -1,0 +1,47 @@
+"""The train state: one nested dict of parameters, optimizer state and step, born sharded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from bytelm.config import Config
+from bytelm.models.build import init_params, structure
+from bytelm.parallel.rules import state_shardings
+from bytelm.train.optim import make_optimizer
+
+State = dict[str, Any]  # {"params", "opt", "step"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything about a run's state that is known before a number is allocated."""
+
+    graph: nnx.GraphDef  # the network without weights
+    optimizer: optax.GradientTransformation
+    abstract: State  # shapes and dtypes, with shardings
+    shardings: State
+
+
+def plan_state(config: Config, mesh: Mesh) -> Setup:
+    """Shapes, shardings and optimizer of a run; allocates nothing."""
+    graph, params = structure(config.model)
+    optimizer = make_optimizer(config.optim, config.train.steps, params)
+    abstract = jax.eval_shape(lambda: _init(config, optimizer))
+    shardings = state_shardings(mesh, abstract)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    return Setup(graph, optimizer, abstract, shardings)
+
+
+def _init(config: Config, optimizer: optax.GradientTransformation) -> State:
+    params = init_params(config.model, jax.random.key(config.train.seed))
+    return {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+
+def init_state(config: Config, setup: Setup) -> State:
+    """A fresh state, each array created on the devices that hold it."""
+    return jax.jit(lambda: _init(config, setup.optimizer), out_shardings=setup.shardings)()

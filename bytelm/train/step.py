@@ -1,0 +1,83 @@
+"""The jitted train and evaluation steps."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
+
+from bytelm.config import Config
+from bytelm.models.build import Params
+from bytelm.parallel.mesh import shard, to_spec
+from bytelm.parallel.rules import path_string
+from bytelm.train.losses import token_nll
+from bytelm.train.state import Setup, State
+
+DeviceBatch = dict[str, Int[Array, "b t"]]
+
+
+def cast_matrices(params: Params, dtype: str) -> Params:
+    """Matrices and tables in the compute type, once per step; norms, biases and rates stay float32."""
+    if dtype == "float32":
+        return params
+    matrix = lambda path, p: p.astype(dtype) if path_string(path).endswith(("kernel", "table")) else p  # noqa: E731
+    return jax.tree.map_with_path(matrix, params)
+
+
+def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatch], tuple[State, dict]]:
+    """One optimizer step: (state, batch) -> (state, metrics). The state is donated.
+
+    The loss is the mean nats per target over the whole batch plus the mean of the microbatches' auxiliary losses;
+    microbatches are summed in float32.
+    """
+    accum = config.train.grad_accum
+
+    def micro_loss(params, batch, total):
+        network = nnx.merge(setup.graph, cast_matrices(params, config.model.dtype))
+        out = network(batch["inputs"], batch["segments"])
+        weights = batch["segments"] > 0
+        nll = jnp.sum(jnp.where(weights, token_nll(out.logits, batch["targets"]), 0.0)) / total
+        return nll + out.aux_loss / accum, {"nll": nll, **out.metrics}
+
+    def step(state: State, batch: DeviceBatch) -> tuple[State, dict]:
+        total = jnp.maximum(jnp.sum(batch["segments"] > 0), 1).astype(jnp.float32)
+        gradient = jax.grad(micro_loss, has_aux=True)
+        if accum == 1:
+            grads, metrics = gradient(state["params"], batch, total)
+        else:
+            # Row i * accum + j goes to microbatch j, so that every device keeps its own rows.
+            micro = {k: shard(v.reshape(-1, accum, v.shape[-1]), "batch", None, None) for k, v in batch.items()}
+            micro = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), micro)
+
+            def add(carry, one):
+                return jax.tree.map(jnp.add, carry, gradient(state["params"], one, total)), None
+
+            shapes = jax.eval_shape(gradient, state["params"], jax.tree.map(lambda v: v[0], micro), total)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            (grads, metrics), _ = jax.lax.scan(add, zeros, micro)
+            metrics = {k: v if k == "nll" else v / accum for k, v in metrics.items()}
+        updates, opt = setup.optimizer.update(grads, state["opt"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        metrics |= {"grad_norm": optax.global_norm(grads), "bytes": total}
+        return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))
+
+
+def make_eval_step(config: Config, setup: Setup) -> Callable[[Params, Int[Array, "b t"], Int[Array, "b t"]], Float]:
+    """(params, inputs, targets) -> ln p(target) [b, t] in float32; one document per row, padding at the end."""
+
+    def logprobs(params, inputs, targets):
+        network = nnx.merge(setup.graph, cast_matrices(params, config.model.dtype))
+        return -token_nll(network(inputs).logits, targets)
+
+    return jax.jit(logprobs)
+
+
+def place_batch(batch: dict, mesh) -> DeviceBatch:
+    """Puts this process's rows of a batch onto the mesh, split over its batch axes."""
+    sharding = NamedSharding(mesh, to_spec(("batch", None)))
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

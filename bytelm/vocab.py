@@ -1,0 +1,88 @@
+"""Bytes, special ids and UTF-8 boundaries.
+
+The public next-symbol space has 257 entries: the bytes 0-255 and END = 256, the end of the text. Each model family maps
+it onto ids of its own; the flat family uses the same numbers, and END is also the symbol in front of a document.
+"""
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUM_SYMBOLS = 257
+END = 256
+
+
+def encode(text: str | bytes | bytearray | memoryview) -> bytes:
+    """UTF-8 bytes of a string; bytes pass through. A lone surrogate raises ValueError with its position."""
+    if isinstance(text, str):
+        try:
+            return text.encode("utf-8")
+        except UnicodeEncodeError as e:
+            raise ValueError(f"character {e.start} is a lone surrogate and has no UTF-8 form") from None
+    return bytes(text)
+
+
+def to_ids(data: bytes) -> NDArray[np.int32]:
+    """The bytes of `data` as an int32 array of ids."""
+    return np.frombuffer(data, np.uint8).astype(np.int32)
+
+
+def utf8_length(first: int) -> int:
+    """Length in bytes of the UTF-8 character that starts with byte `first`; 1 for a byte that can start none."""
+    if 0xC2 <= first <= 0xDF:
+        return 2
+    if 0xE0 <= first <= 0xEF:
+        return 3
+    if 0xF0 <= first <= 0xF4:
+        return 4
+    return 1
+
+
+def _continues(char: bytes, byte: int) -> bool:
+    """Whether `byte` may follow the bytes of an unfinished character (Unicode's table of well-formed sequences)."""
+    if len(char) == 1:
+        low, high = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x80, 0x8F)}.get(
+            char[0], (0x80, 0xBF)
+        )
+        return low <= byte <= high
+    return 0x80 <= byte <= 0xBF
+
+
+def complete_prefix(data: bytes) -> int:
+    """Length of the longest prefix of `data` that does not end inside a still-possible UTF-8 character.
+
+    Bytes that can never become valid UTF-8 count as complete, so that a stream of them is not held back for ever.
+    """
+    for back in range(1, min(3, len(data)) + 1):
+        start = len(data) - back
+        if data[start] & 0xC0 == 0x80:
+            continue
+        char = data[start:]
+        whole = all(_continues(char[:i], char[i]) for i in range(1, len(char)))
+        return start if whole and len(char) < utf8_length(char[0]) else len(data)
+    return len(data)
+
+
+def cut_at_character(data: bytes, limit: int) -> bytes:
+    """The first `limit` bytes of `data`, less an unfinished UTF-8 character at the cut."""
+    if len(data) <= limit:
+        return data
+    head = data[:limit]
+    return head[: complete_prefix(head)] if data[limit] & 0xC0 == 0x80 else head
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteIds:
+    """How a model family numbers bytes: id = byte + offset, and the symbols before and after a document."""
+
+    start: int  # id put in front of a document
+    end: int  # id that follows its last byte
+    offset: int = 0  # id of byte 0
+
+    def symbol_ids(self) -> NDArray[np.int32]:
+        """The family's id of each of the 257 public symbols (bytes 0-255, then END)."""
+        return np.append(np.arange(256, dtype=np.int32) + self.offset, np.int32(self.end))
+
+
+FLAT_IDS = ByteIds(start=END, end=END)
