@@ -33,7 +33,7 @@ def from_dict(cls: Any, data: Any, path: str = "") -> Any:
     for key, value in data.items():
         where = f"{path}.{key}" if path else str(key)
         if key not in names:
-            raise ConfigError(f"{where}: unknown key; {_suggest(str(key), names)}")
+            raise ConfigError(f"{where}: unknown key; {suggest(str(key), names)}")
         values[key] = _decode(hints[key], value, where)
     try:
         return cls(**values)
@@ -102,7 +102,7 @@ def _show(value: Any) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def _suggest(key: str, names: list[str]) -> str:
+def suggest(key: str, names: list[str]) -> str:
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
     return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
 

@@ -30,16 +30,3 @@ def cut_pieces(lengths: NDArray[np.int64], piece: int) -> tuple[NDArray[np.int64
     first_piece = np.repeat(np.cumsum(counts) - counts, counts)
     starts = (np.arange(len(documents), dtype=np.int64) - first_piece) * piece
     return documents, starts
-
-
-def rolling_windows(total: int, window: int) -> list[tuple[int, int, int]]:
-    """lm-eval's rolling rule over `total` predictions: (first input, end, first scored) position of each window.
-
-    Windows are disjoint and score each position once; the last one is slid back to be full, and then scores only what
-    the others have not. Position p is the prediction of byte p, made from the inputs first .. p.
-    """
-    out = []
-    for scored in range(0, total, window):
-        end = min(scored + window, total)
-        out.append((max(0, end - window), end, scored))
-    return out

@@ -1,0 +1,172 @@
+"""Checkpoints of a run, by orbax: asynchronous, atomic, kept by count and period, restored onto any mesh.
+
+A run directory holds checkpoints/STEP (weights, optimizer state, data position, config) and best/STEP (weights with the
+lowest held-out bits per byte, and their config).
+"""
+
+import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from bytelm.codec import from_dict, to_dict
+from bytelm.config import CheckpointConfig, Config, ConfigError
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing or cannot be read; shown without a traceback."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, run_dir: Path, options: CheckpointConfig):
+        self.folder, self.best_folder = run_dir / "checkpoints", run_dir / "best"
+        self._manager = _manager(self.folder, options.keep, options.keep_every or None)
+        self._best = _manager(self.best_folder, 1) if options.best else None
+
+    def save(self, step: int, state: Any, data: dict, meta: dict, wait: bool = False) -> None:
+        """Saves a train state; returns once the arrays are copied, unless `wait`. Raises CheckpointError when the disk
+        is full or the folder cannot be written; earlier checkpoints stand."""
+        rest = {k: v for k, v in state.items() if k != "params"}
+        with _saving(self.folder):
+            if step not in self._manager.all_steps():
+                self._manager.save(step, args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state["params"]), rest=ocp.args.StandardSave(rest),
+                    data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)), force=True)  # fmt: skip
+            if wait:
+                self._manager.wait_until_finished()
+
+    def save_best(self, step: int, params: Any, meta: dict) -> None:
+        """Keeps these weights as the best so far, if checkpoint.best is on."""
+        if self._best is not None and step not in self._best.all_steps():
+            with _saving(self.best_folder):
+                self._best.save(step, args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)), force=True)  # fmt: skip
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def restore(self, abstract: Any) -> tuple[Any, dict, dict] | None:
+        """The newest readable (state, data, meta), laid out as `abstract` says; None when there is none.
+
+        A checkpoint that cannot be read is reported, moved to broken-STEP, and the one before it is tried.
+        """
+        rest = {k: v for k, v in abstract.items() if k != "params"}
+        for step in reversed(self.steps()):
+            try:
+                saved = self._manager.restore(step, args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract["params"]), rest=ocp.args.StandardRestore(rest),
+                    data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()))  # fmt: skip
+            except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
+                self._set_aside(step, e)
+                continue
+            return {"params": saved["params"], **saved["rest"]}, saved["data"], saved["meta"]
+        return None
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        target = self.folder / f"broken-{step}"
+        print(f"[checkpoint] {self.folder / str(step)} cannot be read ({reason}); moved to {target.name}, "
+              "trying the one before it", file=sys.stderr, flush=True)  # fmt: skip
+        shutil.rmtree(target, ignore_errors=True)
+        (self.folder / str(step)).rename(target)
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk. Raises CheckpointError when it could not be written."""
+        for manager in filter(None, (self._manager, self._best)):
+            with _saving(self.folder):
+                manager.wait_until_finished()
+
+    def close(self) -> None:
+        for manager in filter(None, (self._manager, self._best)):
+            with contextlib.suppress(Exception):  # a failed background save was reported when it was waited for
+                manager.close()
+
+
+def _manager(folder: Path, keep: int, period: int | None = None) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=period, create=True)
+    return ocp.CheckpointManager(folder.resolve(), options=options)
+
+
+@contextlib.contextmanager
+def _saving(folder: Path):
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as e:
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+        raise CheckpointError(f"{folder}: the checkpoint could not be written: {reason}. Earlier ones stand.") from e
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Steps of the finished checkpoints in a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
+
+
+def read_meta(step_folder: Path) -> dict:
+    """The meta record of one checkpoint. Raises CheckpointError when it cannot be read."""
+    try:
+        return json.loads((step_folder / "meta" / "metadata").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as e:
+        raise CheckpointError(f"{step_folder}: not a readable bytelm checkpoint: {e}") from None
+
+
+def find_checkpoint(run_dir: Path, which: str = "latest") -> Path:
+    """Folder of the checkpoint `latest`, `best`, or a step number. Raises CheckpointError naming what there is."""
+    steps, best = list_steps(run_dir / "checkpoints"), list_steps(run_dir / "best")
+    if which == "best" and best:
+        return run_dir / "best" / str(best[-1])
+    if which == "latest" and steps:
+        return run_dir / "checkpoints" / str(steps[-1])
+    if which.isdigit() and int(which) in steps:
+        return run_dir / "checkpoints" / which
+    there = ", ".join([*map(str, steps), *(["best"] if best else [])]) or "none"
+    raise CheckpointError(f"{run_dir}: no checkpoint {which!r}; there is: {there}")
+
+
+def restore_params(step_folder: Path, abstract: Any) -> Any:
+    """The weights of one checkpoint, laid out (and cast) as `abstract` says. Raises CheckpointError."""
+    manager = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    try:
+        return manager.restore(step_folder.resolve() / "params", args=ocp.args.StandardRestore(abstract))
+    except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+        raise CheckpointError(f"{step_folder}: the weights cannot be read: {reason}") from None
+    finally:
+        manager.close()
+
+
+def stored_config(meta: dict, where: str) -> Config:
+    """The config in a checkpoint's meta record. Raises ConfigError when this version cannot read it."""
+    try:
+        return from_dict(Config, meta["config"])
+    except (ConfigError, KeyError) as e:
+        raise ConfigError(f"{where}: its stored config is not one this version of bytelm reads: {e}") from None
+
+
+# Settings that do not change what a run computes (beyond rounding), or only for how long.
+FREE_ON_RESUME = (
+    "mesh", "eval", "checkpoint", "data.workers", "data.prefetch", "data.cache_dir", "model.stack.attention",
+    "model.stack.scan_layers", "model.stack.remat", "model.stack.ssm.chunk", "model.stack.ssm.form", "train.run_dir",
+    "train.steps", "train.log_every", "train.init_from", "train.allow_config_change", "train.compilation_cache",
+    "train.profile_start", "train.profile_steps", "train.tensorboard", "train.wandb_project",
+)  # fmt: skip
+
+
+def blocking_changes(changes: list[str]) -> list[str]:
+    """Those of `codec.differences` that a resumed run must not have."""
+    return [c for c in changes if not any((c.split(":")[0] + ".").startswith(free + ".") for free in FREE_ON_RESUME)]
+
+
+def make_meta(config: Config, step: int, **more: Any) -> dict:
+    """The record saved beside a checkpoint."""
+    return {"format": "bytelm-checkpoint-1", "step": step, "config": to_dict(config), **more}

@@ -1,0 +1,270 @@
+"""The byte language model protocol, and `load`."""
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+
+from bytelm.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    list_steps,
+    read_meta,
+    restore_params,
+    stored_config,
+)
+from bytelm.config import Config, ConfigError, FlatConfig
+from bytelm.generate import Sampling, bucket, generate_bytes, pad_rows, visible_inputs
+from bytelm.interop.weights import is_weights_dir, load_config, load_for
+from bytelm.models.build import Params, byte_ids, structure
+from bytelm.vocab import complete_prefix, encode
+from bytelm.windows import DEFAULT_WINDOW, document_windows
+
+Text = str | bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Natural log-probability of a text: the sum, and of each byte. The end symbol is not scored."""
+
+    total: float
+    per_byte: NDArray[np.float64]
+
+
+class ByteLM(ABC):
+    """A distribution over byte strings: next-byte probabilities, scores and samples.
+
+    Symbols 0-255 are bytes, 256 is the end of the text. Texts are bytes, or str read as UTF-8. Subclasses give the
+    batched forms; the single ones are written once, here.
+    """
+
+    window: int  # bytes of context the model was made for
+
+    @abstractmethod
+    def logprobs_batch(self, prefixes: Sequence[Text]) -> NDArray[np.float64]:
+        """ln p of each of the 257 symbols after each prefix: [n, 257]."""
+
+    @abstractmethod
+    def score_batch(
+        self, texts: Sequence[Text], contexts: Sequence[Text] | None = None, window: int | None = None
+    ) -> list[Score]:
+        """Log-probability of each text after its context (none: after the start of a document).
+
+        What is longer than `window` (default: min(8192, the trained length)) is scored by the rolling rule.
+        """
+
+    @abstractmethod
+    def _continue(
+        self, prompts: list[bytes], max_bytes: int, sampling: Sampling, seed: int, stop: tuple[bytes, ...], block: int
+    ) -> Iterator[list[bytes]]:
+        """New bytes of each row, block by block."""
+
+    def logprobs(self, prefix: Text = b"") -> NDArray[np.float64]:
+        """ln p of each of the 257 symbols after `prefix`: [257]."""
+        return self.logprobs_batch([prefix])[0]
+
+    def score(self, text: Text, context: Text = b"", window: int | None = None) -> Score:
+        """Log-probability of `text` after `context`."""
+        return self.score_batch([text], [context], window)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Text],
+        max_bytes: int = 200,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: Sequence[Text] = (),
+        seed: int = 0,
+    ) -> list[bytes]:
+        """Continuations of the prompts, without them; each ends with the end of the text, in front of a `stop` string,
+        or after `max_bytes`. Row i depends on its prompt, the seed and i only. Raises ConfigError for a bad option."""
+        out = [b""] * len(prompts)
+        if not prompts:
+            return out
+        for new in self._continue(*self._request(prompts, max_bytes, temperature, top_k, top_p, stop, seed), block=32):
+            out = [a + b for a, b in zip(out, new)]
+        return out
+
+    def generate(self, prompt: Text = b"", max_bytes: int = 200, **options) -> bytes:
+        """One continuation; options as in `generate_batch`."""
+        return self.generate_batch([prompt], max_bytes, **options)[0]
+
+    def stream(
+        self,
+        prompt: Text = b"",
+        max_bytes: int = 200,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: Sequence[Text] = (),
+        seed: int = 0,
+    ) -> Iterator[bytes]:
+        """The bytes of `generate` as they come, in pieces that never end inside a UTF-8 character (the last may)."""
+        pending = b""
+        request = self._request([prompt], max_bytes, temperature, top_k, top_p, stop, seed)
+        for (new,) in self._continue(*request, block=8):
+            pending += new
+            whole = complete_prefix(pending)
+            if whole:
+                yield pending[:whole]
+            pending = pending[whole:]
+        if pending:
+            yield pending
+
+    def chunks(self, text: Text) -> list[NDArray[np.int64]]:
+        """Byte offsets of chunk starts at every level; a model without chunks has no levels."""
+        return []
+
+    @staticmethod
+    def _request(prompts, max_bytes, temperature, top_k, top_p, stop, seed):
+        if max_bytes < 0:
+            raise ConfigError(f"max_bytes={max_bytes}: must not be negative")
+        stops = tuple(encode(s) for s in ([stop] if isinstance(stop, (str, bytes)) else stop))
+        if b"" in stops:
+            raise ConfigError("stop: an empty string would stop everything")
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        return [encode(p) for p in prompts], max_bytes, sampling, seed, stops
+
+
+@partial(jax.jit, static_argnames="graph")
+def _forward(graph, params, symbols, inputs):
+    return nnx.merge(graph, params)(inputs).logits[..., symbols]
+
+
+@partial(jax.jit, static_argnames="graph")
+def _forward_last(graph, params, symbols, inputs, lengths):
+    logits = nnx.merge(graph, params)(inputs).logits
+    return jax.numpy.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0, symbols]
+
+
+def log_softmax(logits: NDArray) -> NDArray[np.float64]:
+    """ln softmax over the last axis, in float64 on the host."""
+    logits = np.asarray(logits, np.float64)
+    top = logits.max(axis=-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
+
+
+class NetworkLM(ByteLM):
+    """A network trained on bytes, as a ByteLM."""
+
+    def __init__(self, config: FlatConfig, params: Params, context: int, batch_bytes: int = 1 << 15):
+        """`context` is the row length it was trained on; forward passes take about `batch_bytes` positions at once."""
+        self.config = config
+        self.params = params
+        self.ids = byte_ids(config)
+        self.window = min(DEFAULT_WINDOW, context)
+        self.graph, _ = structure(config)
+        self._symbols = self.ids.symbol_ids()
+        self._batch_bytes = batch_bytes
+
+    def _batches(self, rows: list[NDArray[np.int32]]) -> Iterator[tuple[list[int], NDArray, NDArray]]:
+        """Groups rows of like length into padded batches: (indices, inputs, lengths)."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        while order:
+            width = bucket(len(rows[order[-1]]), 32)
+            count = min(max(self._batch_bytes // width, 1), bucket(len(order)))
+            group, order = order[-count:], order[:-count]
+            yield group, *pad_rows([rows[i] for i in group], bucket(len(group)), width)
+
+    def logprobs_batch(self, prefixes: Sequence[Text]) -> NDArray[np.float64]:
+        rows = [visible_inputs(encode(p), self.ids, self.window) for p in prefixes]
+        out = np.zeros((len(rows), len(self._symbols)))
+        for group, inputs, lengths in self._batches(rows):
+            logits = _forward_last(self.graph, self.params, self._symbols, inputs, lengths)
+            out[group] = log_softmax(np.asarray(logits)[: len(group)])
+        return out
+
+    def score_batch(
+        self, texts: Sequence[Text], contexts: Sequence[Text] | None = None, window: int | None = None
+    ) -> list[Score]:
+        window = window or self.window
+        texts = [encode(t) for t in texts]
+        before = [b""] * len(texts) if contexts is None else [encode(c) for c in contexts]
+        if len(before) != len(texts):
+            raise ValueError(f"{len(texts)} texts but {len(before)} contexts")
+        scores = [np.zeros(len(t)) for t in texts]
+        rows = [
+            (n, start, x, y)
+            for n, (context, text) in enumerate(zip(before, texts))
+            for start, x, y in self._text_windows(context, text, window)
+        ]
+        for group, inputs, _ in self._batches([x for _, _, x, _ in rows]):
+            logits = np.asarray(_forward(self.graph, self.params, self._symbols, inputs))
+            for line, row in zip(logits, group):
+                n, start, x, y = rows[row]
+                scored = log_softmax(line[len(x) - len(y) : len(x)])
+                scores[n][start : start + len(y)] = scored[np.arange(len(y)), y]
+        return [Score(float(s.sum()), s) for s in scores]
+
+    def _text_windows(self, context: bytes, text: bytes, window: int):
+        """(offset in text, inputs, bytes scored) of each window; the scored bytes are the last of the inputs."""
+        start = 0
+        for inputs, targets, first in document_windows(context + text, self.ids, window, len(context)):
+            scored = targets[first:] - self.ids.offset
+            yield start, inputs, scored
+            start += len(scored)
+
+    def _continue(self, prompts, max_bytes, sampling, seed, stop, block):
+        return generate_bytes(
+            self.graph, self.params, self.ids, prompts, window=self.window, max_bytes=max_bytes, sampling=sampling,
+            seed=seed, stop=stop, block=block,
+        )  # fmt: skip
+
+
+def load(path: str | Path, *, checkpoint: str = "latest", dtype: str | None = None) -> ByteLM:
+    """Loads a model as a ByteLM: a run directory of `bytelm train`, one of its checkpoints, or a weights directory of
+    `bytelm convert`.
+
+    `checkpoint` is latest, best, or a step; `dtype` overrides the compute type (float32, bfloat16). Raises
+    CheckpointError when nothing readable is there, ConfigError for what this version cannot load.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory")
+    if is_weights_dir(path):
+        model, context = load_config(path)
+        model = _with_dtype(model, dtype)
+        return NetworkLM(model, jax.device_put(load_for(model, path)), context)
+    config, params = load_run(path, checkpoint)
+    return NetworkLM(_with_dtype(config.model, dtype), params, config.data.seq_len)
+
+
+def load_run(path: Path, checkpoint: str = "latest") -> tuple[Config, Params]:
+    """Config and weights of a run directory or of one of its checkpoint folders. Raises CheckpointError, ConfigError."""
+    if list_steps(path / "checkpoints") or list_steps(path / "best"):
+        folder = find_checkpoint(path, checkpoint)
+    elif (path / "meta").is_dir():
+        folder = path
+    else:
+        raise CheckpointError(f"{path}: {_unknown(path)}")
+    config = stored_config(read_meta(folder), str(folder))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), structure(config.model)[1]
+    )
+    return config, restore_params(folder, abstract)
+
+
+def _with_dtype(model: FlatConfig, dtype: str | None) -> FlatConfig:
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"dtype {dtype!r}: choose float32 or bfloat16")
+    return dataclasses.replace(model, dtype=dtype) if dtype else model
+
+
+def _unknown(path: Path) -> str:
+    try:
+        record = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        kind = record.get("model_type") or ("H-Net" if "arch_layout" in record else "unknown")
+        return f"this version of bytelm does not load {kind} models; it loads its own runs and weights directories"
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        return "neither a run directory with checkpoints nor a weights directory (config.json, model.safetensors)"

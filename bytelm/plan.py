@@ -1,0 +1,177 @@
+"""What a config costs before it runs: parameters by part, useful FLOPs per byte, memory per device. Allocates nothing."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from bytelm.config import Config, ConfigError, StackConfig, parse_layout
+from bytelm.devices import CHIPS, Chip
+from bytelm.models.build import count_parameters, structure
+from bytelm.models.flops import TRAIN_FACTOR, forward_flops
+from bytelm.parallel.mesh import AXES, to_spec
+from bytelm.parallel.rules import logical_axes, path_string
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The figures of `bytelm plan`."""
+
+    parameters: dict[str, int]  # by part
+    forward_flops_per_byte: float
+    train_flops_per_byte: float
+    bytes_per_step: int
+    mesh: dict[str, int]
+    memory: dict[str, float]  # bytes on one device, by use; activations are an estimate
+    chip: Chip | None
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def total_memory(self) -> float:
+        return sum(self.memory.values())
+
+
+def make_plan(config: Config, devices: int = 0, chip: str = "") -> Plan:
+    """The plan of a config on `devices` chips (0: as many as the mesh sizes name, at least one).
+
+    Raises ConfigError when the mesh does not fit the devices or the parameters, or the chip is unknown.
+    """
+    if chip and chip not in CHIPS:
+        raise ConfigError(f"--chip {chip}: choose one of {', '.join(CHIPS)}")
+    mesh = _mesh_shape(config, devices)
+    _, params = structure(config.model)
+    parts: dict[str, int] = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        part = _part(path_string(path))
+        parts[part] = parts.get(part, 0) + leaf.size
+    assert sum(parts.values()) == count_parameters(params)
+    forward = forward_flops(config.model, config.data.seq_len)
+    return Plan(
+        parameters=dict(sorted(parts.items(), key=lambda item: -item[1])),
+        forward_flops_per_byte=forward,
+        train_flops_per_byte=TRAIN_FACTOR * forward,
+        bytes_per_step=config.data.batch_size * config.data.seq_len,
+        mesh=mesh,
+        memory=_memory(config, params, mesh),
+        chip=CHIPS.get(chip),
+    )
+
+
+def _mesh_shape(config: Config, devices: int) -> dict[str, int]:
+    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    devices = devices or fixed
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if free and devices % fixed == 0:
+        sizes[free[0]] = devices // fixed
+    if math.prod(sizes.values()) != devices:
+        raise ConfigError(f"mesh sizes {sizes} do not multiply to {devices} devices: change mesh.* or --devices")
+    batch_ways = sizes["data"] * sizes["fsdp"] * config.train.grad_accum
+    if config.data.batch_size % batch_ways:
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size} is not a multiple of data x fsdp x grad_accum = {batch_ways}"
+        )
+    return sizes
+
+
+def _part(path: str) -> str:
+    for name in ("embed", "head", "attention", "mamba", "mlp", "norm"):
+        if name in path:
+            return name
+    return path.split("/")[0]
+
+
+def _local_size(path: str, shape: tuple[int, ...], mesh: dict[str, int]) -> float:
+    size = 1.0
+    for length, axis in zip(shape, to_spec(logical_axes(path))):
+        ways = mesh[axis] if isinstance(axis, str) else 1
+        if length % ways:
+            raise ConfigError(f"mesh.{axis}={ways} does not divide a dimension of {length} in {path}")
+        size *= length / ways
+    return size
+
+
+def _memory(config: Config, params: Any, mesh: dict[str, int]) -> dict[str, float]:
+    """Bytes on one device. Weights, Adam's moments and gradients are exact; activations are counted by formula."""
+    local = sum(_local_size(path_string(p), leaf.shape, mesh) for p, leaf in jax.tree.leaves_with_path(params))
+    rows = config.data.batch_size // (mesh["data"] * mesh["fsdp"] * config.train.grad_accum)
+    width = 2 if config.model.dtype == "bfloat16" else 4
+    positions = rows * config.data.seq_len
+    memory = {"weights": 4 * local, "optimizer": 8 * local, "gradients": 4 * local}
+    if config.model.dtype == "bfloat16":
+        memory["weights in bfloat16"] = 2 * local
+    memory["activations (estimate)"] = positions * _activation_bytes(
+        config.model.stack, config.data.seq_len, width, mesh["tensor"]
+    )
+    memory["logits and their gradient"] = positions * 257 * 4 * 2
+    return memory
+
+
+def _activation_bytes(stack: StackConfig, t: int, width: int, tensor: int) -> float:
+    """Bytes kept per position between forward and backward, all layers; the remat policy decides what is kept."""
+    d, s = stack.d_model, stack.ssm
+    heads, keys = stack.num_heads / tensor, min(t, 2 * stack.window or t)
+    inner = s.expand * d / tensor
+    qkv = (heads + 2 * stack.kv_heads / tensor) * stack.head_width
+    total = 0.0
+    for kind, count in parse_layout(stack.layout):
+        residual = 4 * d
+        if kind in "tT":
+            dots = width * (qkv + heads * stack.head_width + d)
+            rest = 2 * width * qkv + heads * keys * (4 + width) + width * d
+        else:
+            dots = width * (2 * inner + 2 * s.d_state + d)
+            rest = width * (3 * inner + 4 * s.d_state) + 4 * inner * 3 + 4 * inner * s.d_state / min(s.chunk, t)
+        if kind.isupper():
+            dots += width * (2 * stack.mlp_width / tensor + d)
+            rest += width * 2 * stack.mlp_width / tensor + 4 * d
+        total += count * (residual + {"full": 0, "dots": dots, "none": dots + rest}[stack.remat])
+    return total
+
+
+def describe_plan(config: Config, plan: Plan) -> str:
+    """The plan as text for a terminal."""
+    lines = [f"{plan.total_parameters:,} parameters"]
+    lines += [
+        f"  {part:<12}{count:>16,}  {100 * count / plan.total_parameters:5.1f} %" for part, count in plan.parameters.items()
+    ]
+    steps = config.train.steps
+    lines += [
+        "",
+        f"useful FLOPs per byte: {_engineering(plan.forward_flops_per_byte)} forward, "
+        f"{_engineering(plan.train_flops_per_byte)} training (rows of {config.data.seq_len} bytes)",
+        f"a step reads {plan.bytes_per_step:,} bytes; {steps:,} steps read {_engineering(steps * plan.bytes_per_step)} bytes "
+        f"and cost {_engineering(steps * plan.bytes_per_step * plan.train_flops_per_byte)} FLOPs",
+        "",
+        "memory on one device of the mesh " + " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) + ":",
+    ]
+    lines += [f"  {use:<28}{size / 2**30:>10.3f} GiB" for use, size in plan.memory.items()]
+    lines.append(f"  {'together':<28}{plan.total_memory / 2**30:>10.3f} GiB")
+    if plan.chip:
+        share = plan.total_memory / plan.chip.memory
+        devices = math.prod(plan.mesh.values())
+        rate = devices * plan.chip.flops / plan.train_flops_per_byte
+        lines += [
+            f"  of {plan.chip.memory / 2**30:.0f} GiB on a {plan.chip.name}: {100 * share:.1f} %"
+            + ("  DOES NOT FIT" if share > 1 else ""),
+            f"at 40 % utilisation {devices} x {plan.chip.name} would read {_engineering(0.4 * rate)} bytes/s",
+        ]
+    return "\n".join(lines)
+
+
+def _engineering(value: float) -> str:
+    for unit in ("", " k", " M", " G", " T", " P", " E"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} Z"
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data."""
+    return dataclasses.asdict(plan) | {"total_parameters": plan.total_parameters, "total_memory": plan.total_memory}

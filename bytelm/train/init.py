@@ -1,0 +1,35 @@
+"""Starting weights from another run or a weights directory (train.init_from)."""
+
+from pathlib import Path
+
+import jax
+
+from bytelm.checkpoint import CheckpointError, find_checkpoint, read_meta, restore_params, stored_config
+from bytelm.config import ConfigError
+from bytelm.interop.weights import is_weights_dir, load_config, load_for, shapes_match
+from bytelm.models.build import Params, structure
+
+
+def load_initial_params(source: str, abstract: Params) -> Params:
+    """Weights of `source`, laid out as `abstract` (shapes with shardings).
+
+    Raises ConfigError when it is neither a run nor a weights directory, or its parameters have other names or shapes.
+    """
+    path = Path(source)
+    try:
+        if is_weights_dir(path):
+            config, _ = load_config(path)
+            shapes = structure(config)[1]
+        else:
+            folder = find_checkpoint(path)
+            shapes = structure(stored_config(read_meta(folder), str(folder)).model)[1]
+    except CheckpointError as e:
+        raise ConfigError(f"train.init_from={source}: {e}") from None
+    different = shapes_match(shapes, abstract)
+    if different:
+        raise ConfigError(
+            f"train.init_from={source}: its weights do not fit this model (there / here): " + "; ".join(different[:6])
+        )
+    if is_weights_dir(path):
+        return jax.tree.map(lambda value, a: jax.device_put(value, a.sharding), load_for(config, path), abstract)
+    return restore_params(folder, abstract)

@@ -1,0 +1,266 @@
+"""A whole training run on one page: `train(config)`."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+
+from bytelm.checkpoint import Checkpoints, blocking_changes, make_meta, read_meta, stored_config
+from bytelm.codec import differences, dumps, to_dict
+from bytelm.config import Config, ConfigError
+from bytelm.data.pipeline import Batches, load_text
+from bytelm.data.sources import Corpus, cache_folder
+from bytelm.evals.bpb import BitsPerByte, bits_per_byte, first_bytes, window_scorer
+from bytelm.metrics import MetricsLog, git_commit, plot_losses, versions
+from bytelm.models.build import byte_ids, count_parameters
+from bytelm.models.flops import TRAIN_FACTOR, forward_flops
+from bytelm.parallel.mesh import make_mesh
+from bytelm.train.init import load_initial_params
+from bytelm.train.progress import Progress, amount, clock
+from bytelm.train.signals import stop_on_signal
+from bytelm.train.speed import Speed
+from bytelm.train.state import init_state, plan_state
+from bytelm.train.step import make_eval_step, make_train_step, place_batch
+from bytelm.windows import DEFAULT_WINDOW
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, has saved, and can go on (exit status 75)."""
+
+
+class Diverged(Exception):
+    """Loss or gradient is no longer a finite number (exit status 3)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a finished run lies and how well it did."""
+
+    run_dir: Path
+    step: int
+    heldout: BitsPerByte | None
+    best_bpb: float | None
+    seconds: float  # training and evaluation of this process, compilation included
+
+
+def train(config: Config) -> Result:
+    """Trains to config.train.steps: resumes from run_dir where it can, else starts from init_from, else from scratch.
+
+    Raises ConfigError or DataError for what the user can mend, Interrupted after SIGTERM or SIGINT (saved), Diverged
+    when the loss is not finite (nothing saved since the last good checkpoint).
+    """
+    began = time.monotonic()
+    if jax.process_count() > 1:
+        raise ConfigError("training over several processes (hosts) is not built yet: start one process")
+    enable_compilation_cache(config)
+    run_dir = Path(config.train.run_dir)
+    mesh = make_mesh(config.mesh)
+    ids = byte_ids(config.model)
+    sources, heldout_text = load_text(config.data)
+    progress = Progress(config.train.steps)
+    checkpoints = Checkpoints(_writable(run_dir), config.checkpoint)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        stack.enter_context(jax.set_mesh(mesh))
+        setup = plan_state(config, mesh)
+        saved = _resume(config, checkpoints, setup.abstract, progress)
+        if saved:
+            state, data_state, meta = saved
+        else:
+            state, data_state, meta = init_state(config, setup), None, {}
+            if config.train.init_from:
+                state["params"] = load_initial_params(config.train.init_from, setup.abstract["params"])
+                progress.note(f"weights from {config.train.init_from}")
+        step, seen, best = int(state["step"]), meta.get("bytes", 0), meta.get("best_bpb")
+        batches = Batches(sources, config.data, ids, seed=config.train.seed, state=data_state)
+        stack.callback(batches.close)
+
+        (run_dir / "config.yaml").write_text(dumps(config), encoding="utf-8")
+        log = MetricsLog(run_dir, step, config.train.tensorboard, config.train.wandb_project)
+        stack.callback(log.close)
+        _print_start(config, progress, mesh, sources, heldout_text, count_parameters(setup.abstract["params"]), step)
+        useful = TRAIN_FACTOR * forward_flops(config.model, config.data.seq_len)
+        speed = Speed(config, useful, mesh.size, step, seen)
+        log.write({"step": step, "event": "start", "seed": config.train.seed, "commit": git_commit(),
+                   "versions": versions(), "device": speed.device, "devices": mesh.size,
+                   "parameters": count_parameters(setup.abstract["params"]), "train_flops_per_byte": useful,
+                   "matmul_flops_per_second": speed.measured})  # fmt: skip
+
+        train_step = make_train_step(config, setup)
+        eval_step = make_eval_step(config, setup)
+        stop = stack.enter_context(stop_on_signal())
+        stack.enter_context(progress)
+
+        def evaluate(max_bytes: int) -> BitsPerByte | None:
+            nonlocal best
+            result = evaluate_text(config, mesh, eval_step, state["params"], heldout_text, max_bytes)
+            if result is None:
+                return None
+            log.write({"step": step, "bytes": seen, "heldout_bpb": result.bpb, "heldout_bytes": result.bytes})
+            progress.heldout(step, seen, result.bpb)
+            if max_bytes == config.eval.max_bytes and (best is None or result.bpb < best):
+                best = result.bpb
+                checkpoints.save_best(step, state["params"], make_meta(config, step, bytes=seen, best_bpb=best))
+            return result
+
+        def save(wait: bool = False) -> None:
+            meta = make_meta(config, step, bytes=seen, best_bpb=best, commit=git_commit(), versions=versions())
+            checkpoints.save(step, state, batches.state(), meta, wait)
+
+        first_step, last_save, metrics = step, time.monotonic(), None
+        while step < config.train.steps:
+            _profile(config, run_dir, step, metrics)
+            batch = next(batches)
+            state, metrics = train_step(state, place_batch(batch, mesh))
+            step += 1
+            seen += int(np.count_nonzero((batch["segments"] > 0) & (batch["targets"] != ids.end)))
+            last = step == config.train.steps
+            saving = (
+                stop.requested
+                or last
+                or step % config.checkpoint.every == 0
+                or (0 < config.checkpoint.every_seconds <= time.monotonic() - last_save)
+            )
+            if step % config.train.log_every == 0 or saving or step == first_step + 1:
+                record = _check({k: float(v) for k, v in jax.device_get(metrics).items()}, step, checkpoints)
+                record |= speed.measure(step, seen)
+                log.write({"step": step, "bytes": seen, "loss": record.pop("nll"), **record})
+                progress.update(step, seen, record["bpb"], record.get("bytes_per_second"), record.get("seconds_left"))
+            if config.eval.every and step % config.eval.every == 0 and not last:
+                with speed.paused():
+                    evaluate(config.eval.max_bytes)
+            if saving:
+                with speed.paused():
+                    save(wait=stop.requested)
+                last_save = time.monotonic()
+            if stop.requested and not last:
+                progress.note(f"stopped by {stop.name} at step {step}, saved; go on with:  bytelm train {run_dir}")
+                raise Interrupted(str(run_dir))
+
+        result = evaluate(config.eval.final_max_bytes)
+        # Evaluations of different size do not compare: the best weights are chosen by those of eval.max_bytes.
+        if config.eval.final_max_bytes != config.eval.max_bytes:
+            evaluate(config.eval.max_bytes)
+        checkpoints.wait()
+        plot_losses(log.path, run_dir / "loss.png")
+        seconds = time.monotonic() - began
+        progress.note(f"done: {step} steps, {amount(seen)} seen, {clock(seconds)}; run in {run_dir}")
+    return Result(run_dir, step, result, best, seconds)
+
+
+def evaluate_text(
+    config: Config, mesh: Any, eval_step: Any, params: Any, text: Corpus, max_bytes: int
+) -> BitsPerByte | None:
+    """Held-out bits per byte of the current weights; None when there is no held-out text."""
+    if len(text) == 0:
+        return None
+    window = config.eval.window or min(config.data.seq_len, DEFAULT_WINDOW)
+    rows = config.eval.batch_size or config.data.batch_size
+
+    def logprobs(inputs, targets):
+        placed = place_batch({"inputs": inputs, "targets": targets}, mesh)
+        return np.asarray(eval_step(params, placed["inputs"], placed["targets"]))
+
+    score = window_scorer(logprobs, byte_ids(config.model), window=window, batch_size=rows)
+    return bits_per_byte(score, first_bytes(text, max_bytes), window)
+
+
+def enable_compilation_cache(config: Config | None = None) -> None:
+    """Keeps compiled programs on disk, so that a second start is quick (train.compilation_cache)."""
+    folder = config.train.compilation_cache if config else ""
+    if folder != "off" and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", folder or str(cache_folder("") / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _writable(run_dir: Path) -> Path:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(f"train.run_dir={run_dir}: cannot be written: {e}") from None
+    return run_dir
+
+
+def _resume(config: Config, checkpoints: Checkpoints, abstract: Any, progress: Progress) -> tuple | None:
+    """The newest readable checkpoint, if its config allows to go on from it."""
+    for step in reversed(checkpoints.steps()):
+        with contextlib.suppress(ValueError):  # an unreadable meta record: restore() below says so and goes back
+            stored = stored_config(read_meta(checkpoints.folder / str(step)), str(checkpoints.folder / str(step)))
+            changes = differences(stored, config)
+            blocking = blocking_changes(changes)
+            break
+    else:
+        changes, blocking = [], []
+    if blocking and not config.train.allow_config_change:
+        raise ConfigError(
+            f"train.run_dir={config.train.run_dir} holds a run with other settings (stored -> now):\n  "
+            + "\n  ".join(blocking)
+            + "\nSet them back, name another train.run_dir, or accept them with --train.allow-config-change"
+        )
+    for change in changes:
+        progress.note(f"changed since the checkpoint: {change}")
+    saved = checkpoints.restore(abstract)
+    if saved:
+        progress.note(f"resuming {config.train.run_dir} at step {int(saved[0]['step'])}")
+    return saved
+
+
+def _check(metrics: dict[str, float], step: int, checkpoints: Checkpoints) -> dict[str, float]:
+    """The metrics of a step with bits per byte added. Raises Diverged when loss or gradient is not finite."""
+    if not (math.isfinite(metrics["nll"]) and math.isfinite(metrics["grad_norm"])):
+        checkpoints.wait()
+        steps = checkpoints.steps()
+        back = f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint had been saved yet"
+        raise Diverged(
+            f"step {step}: loss {metrics['nll']}, gradient norm {metrics['grad_norm']}: training has diverged; {back}. "
+            "Lower optim.lr, lengthen optim.warmup_steps or lower optim.clip_norm."
+        )
+    return {"bpb": metrics["nll"] / math.log(2), **metrics}
+
+
+def _profile(config: Config, run_dir: Path, step: int, metrics: Any) -> None:
+    """Starts or ends the profiler window before step `step` runs."""
+    first, count = config.train.profile_start, config.train.profile_steps
+    if count and step == first:
+        jax.block_until_ready(metrics)
+        jax.profiler.start_trace(str(run_dir / "profile"))
+    elif count and step == first + count:
+        jax.block_until_ready(metrics)
+        jax.profiler.stop_trace()
+
+
+def describe(config: Config) -> str:
+    """The whole config in a few lines, one section each."""
+    sections = to_dict(config)
+    return "\n".join(
+        f"{name}: {yaml.safe_dump(fields, default_flow_style=True, sort_keys=False, width=10**6).strip()}"
+        for name, fields in sections.items()
+    )
+
+
+def _print_start(config, progress, mesh, sources, heldout_text, parameters, step) -> None:
+    progress.note(describe(config))
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    progress.note(
+        f"{parameters:,} parameters · {mesh.size} {jax.devices()[0].device_kind} device(s) as {shape} · "
+        f"training text: {' + '.join(s.describe() for s in sources)} · held out: {heldout_text.describe()} · "
+        f"steps {step} to {config.train.steps}"
+    )
+
+
+def replace(config: Config, **sections: dict[str, Any]) -> Config:
+    """A config with some fields changed: replace(config, train={"steps": 10}, data={"workers": 2})."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    )

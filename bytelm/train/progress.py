@@ -1,0 +1,69 @@
+"""What a person sees while a run goes on: one live line on a terminal, plain lines elsewhere."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+
+def clock(seconds: float) -> str:
+    """75 -> 1:15, 4000 -> 1:06:40."""
+    minutes, seconds = divmod(max(int(seconds), 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def amount(count: float) -> str:
+    """1536 -> 1.54 kB, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+class Progress:
+    """Prints a run's progress: step, bytes seen, bits per byte (training and held-out), bytes/s, time left."""
+
+    def __init__(self, steps: int, console: Console | None = None, every_seconds: float = 10.0):
+        self.steps = steps
+        self.console = console or Console(stderr=True, highlight=False)
+        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        self._every, self._last_print = every_seconds, 0.0
+        self._heldout: float | None = None
+
+    def __enter__(self) -> "Progress":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._live:
+            self._live.stop()
+
+    def note(self, text: str) -> None:
+        """One line that stays."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def update(self, step: int, seen: int, bpb: float, rate: float | None, left: float | None) -> None:
+        """A training measurement; rate (bytes/s) and time left (s) may not be known yet."""
+        held = "  -  " if self._heldout is None else f"{self._heldout:.3f}"
+        share = step / self.steps
+        bar = "━" * round(20 * share) + "╌" * (20 - round(20 * share))
+        pace = "compiled" if rate is None or left is None else f"{amount(rate)}/s · {clock(left)} left"
+        line = (
+            f"step {step:>{len(str(self.steps))}}/{self.steps} {bar} {amount(seen):>8} seen · "
+            f"train {bpb:.3f} · held-out {held} bits/byte · {pace}"
+        )
+        if self._live:
+            self._live.update(Text(line))
+        elif time.monotonic() - self._last_print >= self._every:
+            self._last_print = time.monotonic()
+            self.note(line)
+
+    def heldout(self, step: int, seen: int, bpb: float) -> None:
+        """A held-out measurement."""
+        self._heldout = bpb
+        self.note(f"step {step:>{len(str(self.steps))}}/{self.steps} · {amount(seen):>8} seen · held-out {bpb:.4f} bits/byte")

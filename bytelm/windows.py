@@ -1,0 +1,52 @@
+"""Which inputs a byte is predicted from when a text is longer than a model's window: scoring and going on."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bytelm.vocab import ByteIds
+
+DEFAULT_WINDOW = 8192
+
+
+def scoring_windows(context: int, total: int, window: int) -> list[tuple[int, int, int]]:
+    """Windows that score positions context .. total - 1 once each: (first input, end, first scored) position.
+
+    Position p is the prediction of byte p from the inputs first .. p. Without context this is lm-eval's rolling rule:
+    disjoint windows, the last one slid back to be full, scoring only what the others have not. What does not fit beside
+    a context keeps at most half a window of it.
+    """
+    if total <= context:
+        return []
+    if total - context > window // 2:
+        first = max(0, context - window // 2) if total > window else 0
+    else:
+        first = max(0, total - window)
+    out = [(first, min(first + window, total), context)]
+    for scored in range(first + window, total, window):
+        end = min(scored + window, total)
+        out.append((max(0, end - window), end, scored))
+    return out
+
+
+def visible_from(length: int, window: int) -> int:
+    """First byte of a text of `length` bytes that a model with `window` positions sees when it goes on with the text.
+
+    The whole text and the start symbol where they fit; else the text's end, dropped in steps of half a window. Depends on
+    the length only, so that continuing a text byte by byte and asking again from its new end see the same.
+    """
+    if length + 1 <= window:
+        return 0
+    half = max(window // 2, 1)
+    return -(-(length - window) // half) * half if length > window else half
+
+
+def document_windows(
+    text: bytes, ids: ByteIds, window: int, context: int = 0
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32], int]]:
+    """(inputs, targets, first scored) of each window that scores text[context:]; inputs and targets are [<= window]."""
+    targets = np.frombuffer(text, np.uint8).astype(np.int32) + ids.offset
+    inputs = np.concatenate([[np.int32(ids.start)], targets])[:-1].astype(np.int32)
+    for first, end, scored in scoring_windows(context, len(targets), window):
+        yield inputs[first:end], targets[first:end], scored - first
