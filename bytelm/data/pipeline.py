@@ -98,11 +98,18 @@ class StreamRows(grain.IterDataset):
             dataset = grain.experimental.ConcatThenSplitIterDataset(dataset, length_struct=length)
         iterator = iter(dataset)
         if self.states.get(stream) is not None:
-            iterator.set_state(self.states[stream])
+            iterator.set_state(_from_json(self.states[stream]))
         return iterator
 
     def __iter__(self) -> "_StreamRowsIterator":
         return _StreamRowsIterator({stream: self._open(stream) for stream in self.streams})
+
+
+def _from_json(state: dict[str, Any]) -> dict[str, Any]:
+    """A packer's state as it was before JSON made lists of its tuples: grain 0.2.18 compares them with `(-1, -1)` to see
+    whether a piece was cut, and would resume one piece too far."""
+    slices = state.get("remainder_slices")
+    return state if slices is None else {**state, "remainder_slices": {k: tuple(v) for k, v in slices.items()}}
 
 
 class _StreamRowsIterator(grain.DatasetIterator):
@@ -157,6 +164,12 @@ class Batches:
             )
         if state is not None and len(state["streams"]) != shards:
             raise ConfigError(f"data.shards={shards}, but the saved data position has {len(state['streams'])} streams")
+        self._text = [[len(corpus), corpus.total_bytes] for corpus in sources]
+        if state is not None and state["text"] != self._text:
+            raise ConfigError(
+                f"the training text has changed since the checkpoint: (documents, bytes) was {state['text']}, "
+                f"is {self._text}; its data position does not fit"
+            )
         saved = state["streams"] if state else [None] * shards
         share = shards // processes
         self._states = dict(enumerate(saved))
@@ -183,7 +196,7 @@ class Batches:
     def state(self) -> dict[str, Any]:
         """Where each stream stands after the last batch."""
         decoded = [self._states[s] for s in sorted(self._states)]
-        return {"streams": [json.loads(s) if isinstance(s, str) else s for s in decoded]}
+        return {"text": self._text, "streams": [json.loads(s) if isinstance(s, str) else s for s in decoded]}
 
     def close(self) -> None:
         """Ends the worker processes."""

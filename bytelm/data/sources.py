@@ -8,6 +8,7 @@ import dataclasses
 import glob
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -223,7 +224,7 @@ def _open_stream(source: Path):
     if suffix == ".zst":
         import zstandard
 
-        return zstandard.open(source, "rb")
+        return io.BufferedReader(zstandard.open(source, "rb"))
     return open(source, "rb")
 
 

@@ -12,7 +12,7 @@ from bytelm.parallel.mesh import shard
 
 
 def attend(
-    q: Float[Array, "b q h k"], k: Float[Array, "b s g k"], v: Float[Array, "b s g k"], mask: Bool[Array, "b q s"]
+    q: Float[Array, "b q h k"], k: Float[Array, "b s g k"], v: Float[Array, "b s g k"], mask: Bool[Array, "#b q s"]
 ) -> Float[Array, "b q h k"]:
     """softmax(q k / sqrt(head width)) v where mask is True; softmax in float32 or wider; query head i reads kv head
     i // (h / g). A row that may see nothing gives the mean of v (finite, and of no use)."""

@@ -5,10 +5,11 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 
-def wide(dtype: jnp.dtype) -> jnp.dtype:
+def wide(dtype: DTypeLike) -> jnp.dtype:
     """float32, or `dtype` where that is wider: the type of norms, softmax, recurrences and losses."""
     return jnp.promote_types(dtype, jnp.float32)
 

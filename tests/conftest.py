@@ -1,0 +1,39 @@
+"""Eight fake CPU devices, a compilation cache, runtime type checks of every annotated bytelm function."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(Path(__file__).parent))
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+hook = install_import_hook("bytelm", "beartype.beartype")
+hook.__enter__()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+CACHE = Path(os.environ.get("BYTELM_TEST_CACHE", "~/.cache/bytelm/test-xla")).expanduser()
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def x64():
+    """Double precision for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT

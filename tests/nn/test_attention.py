@@ -1,0 +1,40 @@
+"""Banded attention against the masked full form; the ring cache's bookkeeping."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bytelm.nn.attention import attend, banded_attend, causal_mask, full_attend, newest_position
+
+
+def qkv(t, seed=0, b=2, heads=4, groups=2, width=8):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.standard_normal((b, t, n, width)), jnp.float32) for n in (heads, groups, groups))
+
+
+@pytest.mark.parametrize("t,window", [(100, 7), (97, 32), (130, 40), (65, 1), (200, 64)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_banded_equals_masked(t, window, packed):
+    q, k, v = qkv(t, seed=t)
+    segments = jnp.asarray(np.cumsum(np.random.default_rng(t).random((2, t)) < 0.1, axis=1), jnp.int32) if packed else None
+    want = attend(q, k, v, causal_mask(t, window, segments))
+    np.testing.assert_allclose(banded_attend(q, k, v, window, segments), want, atol=2e-6)
+
+
+def test_attend_equals_numpy(x64):
+    q, k, v = (x.astype(jnp.float64) for x in qkv(9))
+    got = full_attend(q, k, v, None, "xla")
+    for i in range(9):
+        for h in range(4):
+            scores = np.asarray(k[1, : i + 1, h // 2] @ q[1, i, h]) / np.sqrt(8)
+            weights = np.exp(scores - scores.max())
+            np.testing.assert_allclose(got[1, i, h], weights @ np.asarray(v[1, : i + 1, h // 2]) / weights.sum(), atol=1e-12)
+
+
+def test_ring_knows_the_newest_position():
+    for slots in (1, 3, 8):
+        for last in range(-1, 20):
+            held = {p % slots: p for p in range(last + 1)}
+            got = np.asarray(newest_position(jnp.array([last]), slots))[0]
+            for slot in range(slots):
+                assert got[slot] == held[slot] if slot in held else got[slot] < 0

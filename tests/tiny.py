@@ -1,0 +1,63 @@
+"""Tiny configs and helpers that several tests share."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bytelm.config import (
+    CheckpointConfig, Config, DataConfig, EvalConfig, FlatConfig, MeshConfig, OptimConfig, SSMConfig, StackConfig,
+    TrainConfig,
+)  # fmt: skip
+from bytelm.models.build import init_params, structure
+from bytelm.parallel.rules import path_string
+
+SSM = SSMConfig(d_state=4, head_dim=8, chunk=8)
+# Heads divide by 4 (attention and Mamba), so that the mesh tests can split them.
+HYBRID = StackConfig(layout="m1T1", d_model=32, num_heads=4, num_kv_heads=4, d_mlp=64, window=5, ssm=SSM)
+FULL = StackConfig(layout="T2", d_model=32, num_heads=4, num_kv_heads=2, d_mlp=48)
+
+
+def flat(stack: StackConfig = HYBRID, **fields) -> FlatConfig:
+    return FlatConfig(stack=stack, **fields)
+
+
+def network(config: FlatConfig, seed: int = 0, scale: float = 5.0):
+    """A network whose weights are larger than fresh ones, so that every path matters; norms and biases are not 1 and 0."""
+    graph, _ = structure(config)
+    params = init_params(config, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+
+    def enlarge(path, p):
+        name = path_string(path)
+        if name.endswith(("kernel", "table")) and "conv" not in name:
+            return p * scale
+        return p + jnp.asarray(0.1 * rng.standard_normal(p.shape), jnp.float32)
+
+    params = jax.tree.map_with_path(enlarge, params)
+    return nnx.merge(graph, params), params
+
+
+def by_path(params, dtype=np.float64) -> dict[str, np.ndarray]:
+    return {path_string(p): np.asarray(x, dtype) for p, x in jax.tree.leaves_with_path(params)}
+
+
+def run_config(run_dir, *, steps: int = 6, **sections) -> Config:
+    """A training run of seconds; sections override fields: run_config(dir, train={"log_every": 1})."""
+    config = Config(
+        model=flat(),
+        data=DataConfig(
+            train=("bundled:shakespeare[:50000]",), valid=("bundled:shakespeare[1003854:1006000]",), seq_len=32,
+            batch_size=8,
+        ),
+        optim=OptimConfig(lr=3e-3, warmup_steps=2),
+        mesh=MeshConfig(),
+        train=TrainConfig(run_dir=str(run_dir), steps=steps, log_every=1),
+        eval=EvalConfig(every=0, max_bytes=512, final_max_bytes=512),
+        checkpoint=CheckpointConfig(every=2),
+    )  # fmt: skip
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    )
