@@ -54,27 +54,36 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def restore(self, abstract: Any) -> tuple[Any, dict, dict] | None:
-        """The newest readable (state, data, meta), laid out as `abstract` says; None when there is none.
+        """The newest readable (state, data, meta), laid out as `abstract` says; None when there is no checkpoint.
 
-        A checkpoint that cannot be read is reported, moved to broken-STEP, and the one before it is tried.
+        One that cannot be read is reported, and moved to broken-STEP once an older one could be read. Raises
+        CheckpointError when there are checkpoints but none can be read.
         """
         rest = {k: v for k, v in abstract.items() if k != "params"}
+        broken: list[tuple[int, str]] = []
         for step in reversed(self.steps()):
             try:
                 saved = self._manager.restore(step, args=ocp.args.Composite(
                     params=ocp.args.StandardRestore(abstract["params"]), rest=ocp.args.StandardRestore(rest),
                     data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()))  # fmt: skip
             except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
-                self._set_aside(step, e)
+                broken.append((step, _reason(e)))
                 continue
+            for bad, reason in broken:
+                self._set_aside(bad, reason)
             return {"params": saved["params"], **saved["rest"]}, saved["data"], saved["meta"]
+        if broken:
+            raise CheckpointError(
+                f"{self.folder}: none of its checkpoints can be read: "
+                + "; ".join(f"step {step}: {reason}" for step, reason in broken)
+                + ". Remove the folder, or name another train.run_dir, to start afresh"
+            )
         return None
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    def _set_aside(self, step: int, reason: str) -> None:
         target = self.folder / f"broken-{step}"
         print(f"[checkpoint] {self.folder / str(step)} cannot be read ({reason}); moved to {target.name}, "
-              "trying the one before it", file=sys.stderr, flush=True)  # fmt: skip
+              "going on from the one before it", file=sys.stderr, flush=True)  # fmt: skip
         shutil.rmtree(target, ignore_errors=True)
         (self.folder / str(step)).rename(target)
         self._manager.reload()
@@ -91,6 +100,11 @@ class Checkpoints:
                 manager.close()
 
 
+def _reason(error: Exception) -> str:
+    """The first line of what a library said."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def _manager(folder: Path, keep: int, period: int | None = None) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=period, create=True)
     return ocp.CheckpointManager(folder.resolve(), options=options)
@@ -101,8 +115,7 @@ def _saving(folder: Path):
     try:
         yield
     except (OSError, ValueError, RuntimeError) as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
-        raise CheckpointError(f"{folder}: the checkpoint could not be written: {reason}. Earlier ones stand.") from e
+        raise CheckpointError(f"{folder}: the checkpoint could not be written: {_reason(e)}. Earlier ones stand.") from e
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -139,8 +152,7 @@ def restore_params(step_folder: Path, abstract: Any) -> Any:
     try:
         return manager.restore(step_folder.resolve() / "params", args=ocp.args.StandardRestore(abstract))
     except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
-        raise CheckpointError(f"{step_folder}: the weights cannot be read: {reason}") from None
+        raise CheckpointError(f"{step_folder}: the weights cannot be read: {_reason(e)}") from None
     finally:
         manager.close()
 

@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Eight fake devices on two busy cores: a collective may wait long for its turn, which XLA would take for a deadlock.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 sys.path.insert(0, str(Path(__file__).parent))
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-hook = install_import_hook("bytelm", "beartype.beartype")
+hook = install_import_hook("bytelm", "typecheck.check")
 hook.__enter__()
 
 import jax  # noqa: E402

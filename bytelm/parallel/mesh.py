@@ -45,6 +45,17 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def check_rows(mesh: Mesh, rows: int, grad_accum: int = 1, name: str = "data.batch_size") -> None:
+    """Raises ConfigError unless `rows` divide over the mesh's batch axes and the microbatches."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (ways * grad_accum):
+        raise ConfigError(
+            f"{name}={rows} cannot be split over data x fsdp = {ways} devices"
+            + (f" and train.grad_accum={grad_accum} microbatches" if grad_accum > 1 else "")
+            + f": make it a multiple of {ways * grad_accum}"
+        )
+
+
 def to_spec(logical: tuple[str | None, ...]) -> P:
     """PartitionSpec of a tuple of logical axis names."""
     return P(*(LOGICAL_TO_MESH[axis] for axis in logical))

@@ -70,7 +70,7 @@ def state_shardings(mesh: Mesh, abstract: Any, rules: tuple = RULES) -> Any:
             ways = mesh.shape[mesh_axis] if isinstance(mesh_axis, str) else 1
             if size % ways:
                 raise ConfigError(
-                    f"mesh.{mesh_axis}={ways} does not divide {axis}={size} of parameter {name}: "
+                    f"mesh.{mesh_axis}={ways} does not divide {axis}={size} of {name}: "
                     f"choose a mesh.{mesh_axis} that divides {size}"
                 )
         return NamedSharding(mesh, spec)

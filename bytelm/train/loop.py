@@ -21,7 +21,7 @@ from bytelm.evals.bpb import BitsPerByte, bits_per_byte, first_bytes, window_sco
 from bytelm.metrics import MetricsLog, git_commit, plot_losses, versions
 from bytelm.models.build import byte_ids, count_parameters
 from bytelm.models.flops import TRAIN_FACTOR, forward_flops
-from bytelm.parallel.mesh import make_mesh
+from bytelm.parallel.mesh import check_rows, make_mesh
 from bytelm.train.init import load_initial_params
 from bytelm.train.progress import Progress, amount, clock
 from bytelm.train.signals import stop_on_signal
@@ -62,6 +62,8 @@ def train(config: Config) -> Result:
     enable_compilation_cache(config)
     run_dir = Path(config.train.run_dir)
     mesh = make_mesh(config.mesh)
+    check_rows(mesh, config.data.batch_size, config.train.grad_accum)
+    check_rows(mesh, config.eval.batch_size or config.data.batch_size, name="eval.batch_size")
     ids = byte_ids(config.model)
     sources, heldout_text = load_text(config.data)
     progress = Progress(config.train.steps)
@@ -120,11 +122,15 @@ def train(config: Config) -> Result:
             _profile(config, run_dir, step, metrics)
             batch = next(batches)
             state, metrics = train_step(state, place_batch(batch, mesh))
+            if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+                # XLA's CPU collectives deadlock when several steps of many fake devices are in flight on few cores.
+                jax.block_until_ready(metrics)
             step += 1
             seen += int(np.count_nonzero((batch["segments"] > 0) & (batch["targets"] != ids.end)))
             last = step == config.train.steps
+            stopping = stop.requested  # looked at once per step: a signal may come at any line
             saving = (
-                stop.requested
+                stopping
                 or last
                 or step % config.checkpoint.every == 0
                 or (0 < config.checkpoint.every_seconds <= time.monotonic() - last_save)
@@ -139,9 +145,9 @@ def train(config: Config) -> Result:
                     evaluate(config.eval.max_bytes)
             if saving:
                 with speed.paused():
-                    save(wait=stop.requested)
+                    save(wait=stopping)
                 last_save = time.monotonic()
-            if stop.requested and not last:
+            if stopping and not last:
                 progress.note(f"stopped by {stop.name} at step {step}, saved; go on with:  bytelm train {run_dir}")
                 raise Interrupted(str(run_dir))
 

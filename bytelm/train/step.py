@@ -61,7 +61,7 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
             metrics = {k: v if k == "nll" else v / accum for k, v in metrics.items()}
         updates, opt = setup.optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        metrics |= {"grad_norm": optax.global_norm(grads), "targets": total}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "targets": total}
         return {"params": params, "opt": opt, "step": state["step"] + 1}, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))

@@ -1,0 +1,61 @@
+"""Who may import whom (the rooms of the house), and that light rooms stay light."""
+
+import ast
+import subprocess
+import sys
+
+ANY = {"config", "codec", "vocab", "windows", "data.functional"}  # pure and small: anyone may use them
+ARROWS = {
+    "config": set(), "vocab": set(), "metrics": set(), "devices": set(), "codec": set(), "windows": set(),
+    "parallel": set(),
+    "nn": {"parallel"},  # only shard()
+    "models": {"nn", "parallel"},
+    "interop": {"models", "nn", "parallel", "checkpoint", "train.losses"},
+    "data": set(),
+    "checkpoint": set(),
+    "evals": {"lm", "data", "generate", "metrics"},
+    "generate": {"models"},
+    "lm": {"models", "interop", "generate", "checkpoint"},
+    "plan": {"models", "parallel", "devices", "train.state"},
+    "train": {"models", "nn", "data", "parallel", "checkpoint", "metrics", "devices", "interop", "generate", "evals.bpb"},
+}  # fmt: skip
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bytelm"):
+            yield node.module.removeprefix("bytelm").lstrip(".") or ""
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("bytelm").lstrip(".") for a in node.names if a.name.startswith("bytelm"))
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise AssertionError(f"{path}: relative import")
+
+
+def test_arrows(root):
+    for path in (root / "bytelm").rglob("*.py"):
+        parts = path.relative_to(root / "bytelm").with_suffix("").parts
+        room = parts[0]
+        if room in ("cli", "__init__"):
+            continue
+        for target in imports_of(path):
+            allowed = ARROWS[room] | ANY | {room}
+            assert any(target == a or target.startswith(a + ".") for a in allowed), f"{'.'.join(parts)} imports {target}"
+
+
+def test_data_does_not_import_jax(root):
+    for path in (root / "bytelm" / "data").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+        names += [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        assert not [n for n in names if n.split(".")[0] in ("jax", "flax", "optax", "orbax")], path
+
+
+def test_help_and_the_bare_package_need_no_jax(root):
+    code = "import sys, bytelm.cli; bytelm.cli.run(['--help']); assert 'jax' not in sys.modules, 'jax was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True)
+
+
+def test_files_stay_readable(root):
+    for path in (root / "bytelm").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+        assert path.stem not in ("utils", "helpers", "common")
