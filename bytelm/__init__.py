@@ -1,12 +1,12 @@
 """Byte-level and hierarchical language models in JAX: train, convert, evaluate.
 
-    import bytelm
-    lm = bytelm.load("runs/quickstart")
-    lm.logprobs(b"The quick brow")              # float64[257]
-    lm.score(b" fox", context=b"The quick brown")
-    lm.generate(b"Once upon", max_bytes=200, temperature=0.8)
+import bytelm
+lm = bytelm.load("runs/quickstart")
+lm.logprobs(b"The quick brow")              # float64[257]
+lm.score(b" fox", context=b"The quick brown")
+lm.generate(b"Once upon", max_bytes=200, temperature=0.8)
 
-    bytelm.train(bytelm.load_config("configs/quickstart.yaml"))
+bytelm.train(bytelm.load_config("configs/quickstart.yaml"))
 """
 
 from typing import TYPE_CHECKING, Any

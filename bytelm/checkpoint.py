@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from bytelm.codec import from_dict, to_dict
@@ -115,7 +114,9 @@ def _saving(folder: Path):
     try:
         yield
     except (OSError, ValueError, RuntimeError) as e:
-        raise CheckpointError(f"{folder}: the checkpoint could not be written: {_reason(e)}. Earlier ones stand.") from e
+        raise CheckpointError(
+            f"{folder}: the checkpoint could not be written: {_reason(e)}. Earlier ones stand."
+        ) from e
 
 
 def list_steps(folder: Path) -> list[int]:

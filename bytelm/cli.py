@@ -13,14 +13,14 @@ import tyro
 
 import bytelm
 from bytelm import codec
-from bytelm.config import Config, ConfigError
+from bytelm.config import Config, ConfigError, DataConfig
 from bytelm.vocab import complete_prefix
 
 EXIT_OK, EXIT_CHECK_FAILED, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75
 
 USAGE = """usage: bytelm COMMAND ...
 
-  train   CONFIG.yaml [--section.field value ...] [--dry-run]   train a model, or go on with a run (CONFIG may be its folder)
+  train   CONFIG.yaml [--section.field value ...] [--dry-run]   train a model, or go on with a run (its folder)
   eval    RUN [--suite bpb] [--text FILE ...] [--compare]       measure a model
   sample  RUN --prompt TEXT                                     let a model write
   convert RUN DST                                               write weights as safetensors + config.json
@@ -43,7 +43,9 @@ def read_config(source: str, overrides: Sequence[str], prog: str) -> Config:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(path)))
     else:
         config = codec.load(path)
-    return tyro.cli(Config, default=config, args=list(overrides), prog=f"{prog} {source}", config=(tyro.conf.AvoidSubcommands,))
+    return tyro.cli(
+        Config, default=config, args=list(overrides), prog=f"{prog} {source}", config=(tyro.conf.AvoidSubcommands,)
+    )
 
 
 def _config_command(args: list[str], name: str, doc: str) -> tuple[str, list[str]]:
@@ -79,7 +81,7 @@ def _take_option(args: list[str], option: str, default: str) -> tuple[str, list[
 
 def train(args: list[str]) -> int:
     """Trains a model. --dry-run checks config, data and mesh, prints the plan and stops."""
-    source, rest = _config_command(args, "train", train.__doc__)
+    source, rest = _config_command(args, "train", train.__doc__ or "")
     dry, rest = _take_flag(rest, "--dry-run")
     config = read_config(source, rest, "bytelm train")
     if dry:
@@ -115,7 +117,7 @@ def plan(args: list[str]) -> int:
     --devices N: plan for N devices; --chip NAME: compare with a chip (v5p, v6e, h100, h200 ...); --json: as JSON."""
     from bytelm.plan import describe_plan, make_plan, to_json
 
-    source, rest = _config_command(args, "plan", plan.__doc__)
+    source, rest = _config_command(args, "plan", plan.__doc__ or "")
     as_json, rest = _take_flag(rest, "--json")
     devices, rest = _take_option(rest, "--devices", "0")
     chip, rest = _take_option(rest, "--chip", "")
@@ -146,7 +148,9 @@ class SampleOptions:
 
 def sample(args: list[str]) -> int:
     options = tyro.cli(SampleOptions, args=args, prog="bytelm sample")
-    prompt = options.prompt_file.read_bytes() if options.prompt_file else options.prompt.encode("utf-8", "surrogateescape")
+    prompt = (
+        options.prompt_file.read_bytes() if options.prompt_file else options.prompt.encode("utf-8", "surrogateescape")
+    )
     lm = bytelm.load(options.model, checkpoint=options.checkpoint)
     out = sys.stdout.buffer
     settings: dict[str, Any] = {
@@ -192,25 +196,22 @@ def evaluate(args: list[str]) -> int:
     if options.window < 0 or options.max_bytes < 0:
         raise ConfigError("--window and --max-bytes must not be negative")
     lm = bytelm.load(options.model, checkpoint=options.checkpoint)
-    stored = options.model / "config.yaml"
-    run = codec.load(stored) if stored.exists() else None
-    if run is None and (options.compare or not options.text):
-        raise ConfigError(f"{options.model} is not a run directory, so its held-out text is not known: give --text FILE")
-    sources = load_text(run.data)[0] if options.compare else []
     if options.text:
         text, name = open_corpus(options.text, text_field=options.text_field, where="--text"), ", ".join(options.text)
     else:
-        text = load_text(run.data)[1]
-        name = ", ".join(run.data.valid) or f"held out of {', '.join(run.data.train)}"
+        data = _run_data(options.model)
+        text = load_text(data)[1]
+        name = ", ".join(data.valid) or f"held out of {', '.join(data.train)}"
         if len(text) == 0:
             raise ConfigError(f"{options.model}: the run held out no text: give --text FILE")
+    sources = load_text(_run_data(options.model))[0] if options.compare else []
     window = options.window or lm.window
     result = bits_per_byte(
         lambda documents: [-s.total for s in lm.score_batch(documents, window=window)],
         first_bytes(text, options.max_bytes),
         window,
     )
-    record = {
+    record: dict[str, Any] = {
         "model": str(options.model), "family": lm.config.family if isinstance(lm, NetworkLM) else None,
         "text": name, "bytes": result.bytes, "documents": result.documents, "window": window, "bpb": result.bpb,
     }  # fmt: skip
@@ -232,6 +233,13 @@ def evaluate(args: list[str]) -> int:
     if options.compare and not any(line.name == "PPMd" for line in lines):
         print("  (no PPMd line: pip install pyppmd to measure it for this text)")
     return EXIT_OK
+
+
+def _run_data(run: Path) -> DataConfig:
+    """The data settings of a run directory."""
+    if not (run / "config.yaml").exists():
+        raise ConfigError(f"{run} is not a run directory, so its texts are not known: give --text FILE, no --compare")
+    return codec.load(run / "config.yaml").data
 
 
 def _draw(run: Path, lines: dict[str, float]) -> None:

@@ -80,7 +80,7 @@ def _decode_union(args: tuple, value: Any, path: str) -> Any:
     families = {f.default: c for c in choices for f in dataclasses.fields(c) if f.name == "family"}
     family = value.get("family") if isinstance(value, dict) else None
     if family not in families:
-        raise ConfigError(f"{path}.family: got {_show(family)}, expected one of {', '.join(families)}")
+        raise ConfigError(f"{path}.family: got {_show(family)}, expected one of {', '.join(map(str, families))}")
     return from_dict(families[family], value, path)
 
 

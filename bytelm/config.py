@@ -136,7 +136,9 @@ class FlatConfig:
 class DataConfig:
     """Where the text comes from and how it becomes batches."""
 
-    train: tuple[str, ...] = ("bundled:shakespeare[:1003854]",)  # files or globs (.txt, .jsonl, .gz, .zst, [a:b] slices)
+    train: tuple[str, ...] = (
+        "bundled:shakespeare[:1003854]",
+    )  # files or globs (.txt, .jsonl, .gz, .zst, [a:b] slices)
     weights: tuple[float, ...] = ()  # share of records drawn from each entry of train; empty = by size
     valid: tuple[str, ...] = ()  # held-out text; empty = split off train by valid_fraction
     valid_fraction: float = 0.05  # part of train held out where valid is empty

@@ -1,8 +1,8 @@
 """Nominal figures of accelerators, and the matmul rate measured on the device at hand.
 
 Figures are the vendors' dense 16-bit matmul rate, memory and memory bandwidth of one chip (Google Cloud TPU
-documentation "TPU v4 / v5e / v5p / v6e / TPU7x"; NVIDIA data sheets of A100, H100, H200, B200, L4), and the bandwidth of
-the chip's links to its neighbours, all directions together.
+documentation "TPU v4 / v5e / v5p / v6e / TPU7x"; NVIDIA data sheets of A100, H100, H200, B200, L4), and the bandwidth
+of the chip's links to its neighbours, all directions together.
 """
 
 import time

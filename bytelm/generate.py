@@ -47,7 +47,7 @@ def draw(
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
 ) -> Int[Array, " b"]:
-    """Draws one index per row. top_k is applied first, then top_p to what is left, keeping the symbol that crosses p."""
+    """Draws one index per row: top_k first, then top_p of what is left, keeping the symbol that crosses p."""
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1) / jnp.where(temperature > 0, temperature, 1.0)
     rank = jnp.arange(logits.shape[-1])

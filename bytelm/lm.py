@@ -188,14 +188,14 @@ class NetworkLM(ByteLM):
         self, texts: Sequence[Text], contexts: Sequence[Text] | None = None, window: int | None = None
     ) -> list[Score]:
         window = window or self.window
-        texts = [encode(t) for t in texts]
-        before = [b""] * len(texts) if contexts is None else [encode(c) for c in contexts]
-        if len(before) != len(texts):
-            raise ValueError(f"{len(texts)} texts but {len(before)} contexts")
-        scores = [np.zeros(len(t)) for t in texts]
+        after = [encode(t) for t in texts]
+        before = [b""] * len(after) if contexts is None else [encode(c) for c in contexts]
+        if len(before) != len(after):
+            raise ValueError(f"{len(after)} texts but {len(before)} contexts")
+        scores = [np.zeros(len(t)) for t in after]
         rows = [
             (n, start, x, y)
-            for n, (context, text) in enumerate(zip(before, texts))
+            for n, (context, text) in enumerate(zip(before, after))
             for start, x, y in self._text_windows(context, text, window)
         ]
         for group, inputs, _ in self._batches([x for _, _, x, _ in rows]):
@@ -240,7 +240,7 @@ def load(path: str | Path, *, checkpoint: str = "latest", dtype: str | None = No
 
 
 def load_run(path: Path, checkpoint: str = "latest") -> tuple[Config, Params]:
-    """Config and weights of a run directory or of one of its checkpoint folders. Raises CheckpointError, ConfigError."""
+    """Config and weights of a run directory or one of its checkpoints. Raises CheckpointError, ConfigError."""
     if list_steps(path / "checkpoints") or list_steps(path / "best"):
         folder = find_checkpoint(path, checkpoint)
     elif (path / "meta").is_dir():

@@ -50,7 +50,7 @@ class MetricsLog:
         """
         self.path = run_dir / "metrics.jsonl"
         _truncate(self.path, resume_step)
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self._writers: list[Any] = []
         if tensorboard:
             try:
@@ -61,7 +61,7 @@ class MetricsLog:
             self._writers.append((lambda n, s: [writer.add_scalar(k, v, s) for k, v in n.items()], writer.close))
         if wandb_project:
             try:
-                import wandb
+                import wandb  # pyrefly: ignore[missing-import]
             except ImportError:
                 raise ImportError("train.wandb_project needs the extra: pip install 'bytelm[wandb]'") from None
             run = wandb.init(project=wandb_project, dir=str(run_dir), name=run_dir.name, resume="allow")

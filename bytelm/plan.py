@@ -1,4 +1,4 @@
-"""What a config costs before it runs: parameters by part, useful FLOPs per byte, memory per device. Allocates nothing."""
+"""What a config costs before it runs: parameters, useful FLOPs per byte, memory per device. Allocates nothing."""
 
 import dataclasses
 import math
@@ -138,15 +138,17 @@ def describe_plan(config: Config, plan: Plan) -> str:
     """The plan as text for a terminal."""
     lines = [f"{plan.total_parameters:,} parameters"]
     lines += [
-        f"  {part:<12}{count:>16,}  {100 * count / plan.total_parameters:5.1f} %" for part, count in plan.parameters.items()
+        f"  {part:<12}{count:>16,}  {100 * count / plan.total_parameters:5.1f} %"
+        for part, count in plan.parameters.items()
     ]
     steps = config.train.steps
+    total = steps * plan.bytes_per_step
     lines += [
         "",
         f"useful FLOPs per byte: {_engineering(plan.forward_flops_per_byte)} forward, "
         f"{_engineering(plan.train_flops_per_byte)} training (rows of {config.data.seq_len} bytes)",
-        f"a step reads {plan.bytes_per_step:,} bytes; {steps:,} steps read {_engineering(steps * plan.bytes_per_step)} bytes "
-        f"and cost {_engineering(steps * plan.bytes_per_step * plan.train_flops_per_byte)} FLOPs",
+        f"a step reads {plan.bytes_per_step:,} bytes; {steps:,} steps read {_engineering(total)} bytes "
+        f"and cost {_engineering(total * plan.train_flops_per_byte)} FLOPs",
         "",
         "memory on one device of the mesh " + " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) + ":",
     ]

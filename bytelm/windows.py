@@ -33,8 +33,8 @@ def scoring_windows(context: int, total: int, window: int) -> list[tuple[int, in
 def visible_from(length: int, window: int) -> int:
     """First byte of a text of `length` bytes that a model with `window` positions sees when it goes on with the text.
 
-    The whole text and the start symbol where they fit; else the text's end, dropped in steps of half a window. Depends on
-    the length only, so that continuing a text byte by byte and asking again from its new end see the same.
+    The whole text and the start symbol where they fit; else the text's end, dropped in steps of half a window. Depends
+    on the length only, so that continuing a text byte by byte and asking again from its new end see the same.
     """
     if length + 1 <= window:
         return 0

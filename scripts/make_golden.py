@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import twin  # noqa: E402
-
 from bytelm.config import FlatConfig, SSMConfig, StackConfig, parse_layout  # noqa: E402
 from bytelm.interop.weights import save_weights  # noqa: E402
 from bytelm.models.build import structure  # noqa: E402

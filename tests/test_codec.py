@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bytelm import codec
-from bytelm.config import Config, ConfigError, DataConfig, FlatConfig, MeshConfig, OptimConfig, StackConfig, parse_layout
+from bytelm.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    FlatConfig,
+    MeshConfig,
+    OptimConfig,
+    StackConfig,
+    parse_layout,
+)
 from bytelm.parallel.mesh import make_mesh
 from bytelm.train.state import plan_state
 
@@ -38,7 +47,10 @@ def test_round_trip_of_any_value(lr, project, flag):
         ("train: {steps: many}", r"train\.steps: got 'many' \(str\), expected a whole number"),
         ("train: {steps: 1.5}", r"train\.steps: got 1\.5 \(float\), expected a whole number"),
         ("train: {steps: true}", r"train\.steps: got True \(bool\), expected a whole number"),
-        ("optim: {lr: 3e-4}", r"optim\.lr: got '3e-4' \(str\), expected a number \(YAML reads 3e-4 as a string: write 3\.0e-4\)"),
+        (
+            "optim: {lr: 3e-4}",
+            r"optim\.lr: got '3e-4' \(str\), expected a number \(YAML reads 3e-4 as a string: write 3\.0e-4\)",
+        ),
         ("model: {dtype: float16}", r"model\.dtype: got 'float16' \(str\), expected one of float32, bfloat16"),
         ("data: {train: file.txt}", r"data\.train: got 'file.txt' \(str\), expected a list, such as \['file.txt'"),
         ("optim: {lr_multipliers: [[a, 1.0, 2]]}", r"optim\.lr_multipliers\[0\]: got 3 items, expected 2"),
@@ -50,7 +62,10 @@ def test_round_trip_of_any_value(lr, project, flag):
         ("model: {stack: {layout: T0}}", r"each run needs at least one block"),
         ("model: {stack: {num_heads: 3}}", r"stack\.num_heads=3 does not divide stack\.d_model=256"),
         ("model: {stack: {num_kv_heads: 3}}", r"num_kv_heads=3 does not divide stack\.num_heads=4"),
-        ("model: {stack: {layout: m1, ssm: {head_dim: 60}}}", r"ssm\.head_dim=60 does not divide expand \* d_model = 512"),
+        (
+            "model: {stack: {layout: m1, ssm: {head_dim: 60}}}",
+            r"ssm\.head_dim=60 does not divide expand \* d_model = 512",
+        ),
         ("data: {batch_size: 8, shards: 3}", r"data\.shards=3 does not divide data\.batch_size=8"),
         ("data: {batch_size: 8, workers: 3}", r"data\.workers=3 does not divide the 8 streams"),
         ("data: {weights: [1.0, 2.0]}", r"data\.weights has 2 entries for 1 in data\.train"),

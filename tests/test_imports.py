@@ -17,7 +17,8 @@ ARROWS = {
     "generate": {"models"},
     "lm": {"models", "interop", "generate", "checkpoint"},
     "plan": {"models", "parallel", "devices", "train.state"},
-    "train": {"models", "nn", "data", "parallel", "checkpoint", "metrics", "devices", "interop", "generate", "evals.bpb"},
+    "train": {"models", "nn", "data", "parallel", "checkpoint", "metrics", "devices", "interop", "generate",
+              "evals.bpb"},
 }  # fmt: skip
 
 
@@ -39,7 +40,9 @@ def test_arrows(root):
             continue
         for target in imports_of(path):
             allowed = ARROWS[room] | ANY | {room}
-            assert any(target == a or target.startswith(a + ".") for a in allowed), f"{'.'.join(parts)} imports {target}"
+            assert any(target == a or target.startswith(a + ".") for a in allowed), (
+                f"{'.'.join(parts)} imports {target}"
+            )
 
 
 def test_data_does_not_import_jax(root):

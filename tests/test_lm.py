@@ -107,7 +107,10 @@ def test_stop_strings(lm):
         want = text[: text.find(stop)]
         assert lm.generate(b"abc", 70, seed=1, stop=[stop]) == want
         assert b"".join(lm.stream(b"abc", 70, seed=1, stop=[stop])) == want
-    assert lm.generate(b"abc", 70, seed=1, stop=[text[5:8], text[3:5]]) == text[: min(text.find(text[5:8]), text.find(text[3:5]))]
+    assert (
+        lm.generate(b"abc", 70, seed=1, stop=[text[5:8], text[3:5]])
+        == text[: min(text.find(text[5:8]), text.find(text[3:5]))]
+    )
 
 
 def test_stream_gives_the_same_bytes_in_whole_characters(lm, monkeypatch):
@@ -122,7 +125,8 @@ def test_stream_gives_the_same_bytes_in_whole_characters(lm, monkeypatch):
 @pytest.mark.parametrize(
     "options,message",
     [({"temperature": -1}, "temperature=-1"), ({"top_p": 0}, "top_p=0"), ({"top_k": -2}, "top_k=-2"),
-     ({"max_bytes": -1}, "max_bytes=-1"), ({"stop": [""]}, "empty string"), ({"temperature": math.nan}, "temperature=nan")],
+     ({"max_bytes": -1}, "max_bytes=-1"), ({"stop": [""]}, "empty string"),
+     ({"temperature": math.nan}, "temperature=nan")],
 )  # fmt: skip
 def test_bad_options(lm, options, message):
     with pytest.raises(ConfigError, match=message):

@@ -8,7 +8,15 @@ import numpy as np
 from flax import nnx
 
 from bytelm.config import (
-    CheckpointConfig, Config, DataConfig, EvalConfig, FlatConfig, MeshConfig, OptimConfig, SSMConfig, StackConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    FlatConfig,
+    MeshConfig,
+    OptimConfig,
+    SSMConfig,
+    StackConfig,
     TrainConfig,
 )  # fmt: skip
 from bytelm.models.build import init_params, structure
@@ -25,7 +33,7 @@ def flat(stack: StackConfig = HYBRID, **fields) -> FlatConfig:
 
 
 def network(config: FlatConfig, seed: int = 0, scale: float = 5.0):
-    """A network whose weights are larger than fresh ones, so that every path matters; norms and biases are not 1 and 0."""
+    """A network with larger weights than fresh ones and norms and biases off 1 and 0, so that every path matters."""
     graph, _ = structure(config)
     params = init_params(config, jax.random.key(seed))
     rng = np.random.default_rng(seed)

@@ -106,8 +106,8 @@ class StreamRows(grain.IterDataset):
 
 
 def _from_json(state: dict[str, Any]) -> dict[str, Any]:
-    """A packer's state as it was before JSON made lists of its tuples: grain 0.2.18 compares them with `(-1, -1)` to see
-    whether a piece was cut, and would resume one piece too far."""
+    """A packer's state as it was before JSON made lists of its tuples: grain 0.2.18 compares them with `(-1, -1)` to
+    see whether a piece was cut, and would resume one piece too far."""
     slices = state.get("remainder_slices")
     return state if slices is None else {**state, "remainder_slices": {k: tuple(v) for k, v in slices.items()}}
 

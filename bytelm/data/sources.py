@@ -86,7 +86,9 @@ class Corpus:
 
 def cache_folder(cache_dir: str) -> Path:
     """The folder for decompressed text (and other derived files)."""
-    root = Path(cache_dir).expanduser() if cache_dir else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    root = (
+        Path(cache_dir).expanduser() if cache_dir else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    )
     return root if cache_dir else root / "bytelm"
 
 
@@ -153,7 +155,9 @@ def _open_entry(entry: str, text_field: str, cache_dir: str, where: str) -> Corp
 def _open_file(path: str, part: slice, text_field: str, cache_dir: str, where: str) -> Corpus:
     suffixes = [s.lower() for s in Path(path).suffixes]
     if suffixes and suffixes[-1] in _UNREADABLE:
-        raise ConfigError(f"{where}: {path}: {suffixes[-1]} files are not read; give text, .jsonl, or .gz/.zst/.xz of them")
+        raise ConfigError(
+            f"{where}: {path}: {suffixes[-1]} files are not read; give text, .jsonl, or .gz/.zst/.xz of them"
+        )
     packed = suffixes[-1] if suffixes and suffixes[-1] in (".gz", ".zst", ".xz") else ""
     inner = suffixes[:-1] if packed else suffixes
     is_jsonl = bool(inner) and inner[-1] in (".jsonl", ".ndjson")
@@ -174,7 +178,7 @@ def _open_file(path: str, part: slice, text_field: str, cache_dir: str, where: s
 
 
 def _spool(path: str, is_jsonl: bool, text_field: str, cache_dir: str) -> tuple[str, NDArray[np.int64]]:
-    """The decompressed documents of a file, end to end in one cache file, and their offsets. Made once per file state."""
+    """The decompressed documents of a file, end to end in one cache file, and their offsets; made once."""
     bundled = path.startswith("bundled:")
     if bundled:
         source = Path(str(resources.files("bytelm") / "data" / "corpus" / BUNDLED[path.removeprefix("bundled:")]))
@@ -192,7 +196,9 @@ def _spool(path: str, is_jsonl: bool, text_field: str, cache_dir: str) -> tuple[
                 print(f"[data] reading {path} once into {target}", file=sys.stderr, flush=True)
             _write_spool(source, target, index, is_jsonl, text_field)
         except OSError as e:
-            raise DataError(f"{path}: cannot be unpacked into {folder}: {e} (data.cache_dir names another place)") from None
+            raise DataError(
+                f"{path}: cannot be unpacked into {folder}: {e} (data.cache_dir names another place)"
+            ) from None
     return str(target), np.load(index)
 
 
@@ -250,7 +256,9 @@ def _jsonl_texts(source: Path, text_field: str) -> Iterator[bytes]:
         text = record.get(text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-            raise DataError(f"{source}:{number}: no string field {text_field!r} (data.text_field); the record has {keys}")
+            raise DataError(
+                f"{source}:{number}: no string field {text_field!r} (data.text_field); the record has {keys}"
+            )
         try:
             yield text.encode("utf-8")
         except UnicodeEncodeError as e:

@@ -67,7 +67,9 @@ def window_scorer(logprobs: LogProbs, ids: ByteIds, *, window: int, batch_size: 
     return score
 
 
-def bits_per_byte(score: ScoreDocuments, documents: Iterable[bytes], window: int, group_bytes: int = 1 << 20) -> BitsPerByte:
+def bits_per_byte(
+    score: ScoreDocuments, documents: Iterable[bytes], window: int, group_bytes: int = 1 << 20
+) -> BitsPerByte:
     """Scores documents in groups of about `group_bytes`; `window` is recorded with the result."""
     nats, count, number = 0.0, 0, 0
     group: list[bytes] = []

@@ -27,7 +27,7 @@ def xz_given(train: bytes, test: bytes) -> Line:
 
 
 # Python ships no PPMd. Figures for two fixed splits, by sha256 of the test text (first 8 hex digits), as pyppmd 1.3.1
-# (variant H, order 8) and 7-Zip's PPMd (order 8, 1 GB) both give them; tests/test_compressors.py measures the first again.
+# (variant H, order 8) and 7-Zip's PPMd (order 8, 1 GB) both give them; a test measures the first again.
 PPMD = {
     "c54f3753": Line("PPMd", 2.035, "recorded: order 8, 7-Zip and pyppmd 1.3.1"),  # tiny Shakespeare, 90 / 10
     "7b08efe4": Line("PPMd", 1.725, "recorded: order 8, 7-Zip and pyppmd 1.3.1"),  # dickens, 9.0 MB / last 0.59 MB
@@ -45,4 +45,6 @@ def ppmd_given(train: bytes, test: bytes) -> Line | None:
         encoder = pyppmd.Ppmd7Encoder(8, min(2 << 30, max(64 << 20, 32 * len(data))))
         return len(encoder.encode(data)) + len(encoder.flush())
 
-    return Line("PPMd", 8 * (size(train + test) - size(train)) / len(test), "pyppmd (PPMd var. H, order 8), measured here")
+    return Line(
+        "PPMd", 8 * (size(train + test) - size(train)) / len(test), "pyppmd (PPMd var. H, order 8), measured here"
+    )

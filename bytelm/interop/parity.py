@@ -6,7 +6,6 @@ family: a weights directory's config.json, weights by our parameter paths, and i
 `grad.<parameter>` of that loss.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,8 @@ def run_case(case: Path, precision: str = "highest") -> dict[str, Any]:
     config, _ = load_config(case)
     io, weights = _read(case / "io.safetensors"), _read(case / "weights.safetensors")
     graph, shapes = structure(config)
-    params = jax.tree.map_with_path(lambda p, x: _take(weights, path_string(p), x.shape, case), shapes)
-    for name in ("inputs", "logits"):
+    params = jax.tree.map_with_path(lambda p, x: jnp.asarray(_take(weights, path_string(p), x.shape, case)), shapes)
+    for name in ("inputs", "logits", *(["targets"] if "loss" in io else [])):
         if name not in io:
             raise CheckpointError(f"{case}/io.safetensors: no tensor {name!r}")
     with jax.default_matmul_precision(precision):
@@ -88,7 +87,8 @@ def _take(weights: dict[str, np.ndarray], name: str, shape: tuple[int, ...], cas
 
 
 def _measure(graph: nnx.GraphDef, params: Any, io: dict[str, np.ndarray]) -> dict[str, Any]:
-    inputs, segments = io["inputs"], io.get("segments")
+    inputs = jnp.asarray(io["inputs"])
+    segments = jnp.asarray(io["segments"]) if "segments" in io else None
     b, t = inputs.shape
 
     @jax.jit
@@ -96,7 +96,7 @@ def _measure(graph: nnx.GraphDef, params: Any, io: dict[str, np.ndarray]) -> dic
         return nnx.merge(graph, params)(inputs, segments).logits
 
     logits = np.asarray(forward(params), np.float64)
-    valid = np.ones((b, t), bool) if segments is None else segments > 0
+    valid = np.ones((b, t), bool) if segments is None else io["segments"] > 0
     found: dict[str, Any] = {"max_abs_logit_error": float(np.abs(logits - io["logits"])[valid].max())}
     found["greedy_equal"] = bool((logits.argmax(-1) == io["logits"].argmax(-1))[valid].all())
 
@@ -107,16 +107,17 @@ def _measure(graph: nnx.GraphDef, params: Any, io: dict[str, np.ndarray]) -> dic
         def stepped(params):
             network = nnx.merge(graph, params)
             first, cache = network.prefill(inputs[:, :half], jnp.full(b, half), t)
-            _, rest = jax.lax.scan(lambda c, x: network.step(x, c)[::-1], cache, jnp.asarray(inputs[:, half:]).T)
+            _, rest = jax.lax.scan(lambda c, x: network.step(x, c)[::-1], cache, inputs[:, half:].T)
             return jnp.concatenate([first[:, None], jnp.swapaxes(rest, 0, 1)], axis=1)
 
         found["max_abs_step_error"] = float(np.abs(np.asarray(stepped(params)) - io["logits"][:, half - 1 :]).max())
 
     if "loss" in io:
+        targets = jnp.asarray(io["targets"])
 
         @jax.jit
         def loss(params):
-            nll = token_nll(nnx.merge(graph, params)(inputs, segments).logits, io["targets"])
+            nll = token_nll(nnx.merge(graph, params)(inputs, segments).logits, targets)
             return jnp.sum(jnp.where(valid, nll, 0)) / valid.sum()
 
         value, grads = jax.value_and_grad(loss)(params)
@@ -129,8 +130,3 @@ def _measure(graph: nnx.GraphDef, params: Any, io: dict[str, np.ndarray]) -> dic
         errors = [np.abs(ours[n] - g).max() / max(np.abs(g).max(), 1e-30) for n, g in wanted.items()]
         found["max_rel_grad_error"] = float(max(errors)) if errors else None
     return found
-
-
-def describe_case(record: dict[str, Any]) -> str:
-    """The record as one line of JSON."""
-    return json.dumps(record)

@@ -74,7 +74,9 @@ def load_weights(path: Path, abstract: Params) -> Params:
         if t.shape != expected[name].shape
     ]
     if problems:
-        raise CheckpointError(f"{file} does not fit its config: " + "; ".join(problems[:8]) + " ..." * (len(problems) > 8))
+        raise CheckpointError(
+            f"{file} does not fit its config: " + "; ".join(problems[:8]) + " ..." * (len(problems) > 8)
+        )
     return jax.tree.map_with_path(lambda where, _: tensors[path_string(where)].astype(np.float32), abstract)
 
 

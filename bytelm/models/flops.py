@@ -27,7 +27,9 @@ def stack_flops(config: StackConfig, t: int) -> float:
         "m": 2 * d * (2 * inner + 2 * s.d_state + config.ssm_heads) + 2 * inner * d + 4 * inner * s.d_state,
     }
     mlp = 6 * d * config.mlp_width
-    return float(sum(count * (mixer[kind.lower()] + mlp * kind.isupper()) for kind, count in parse_layout(config.layout)))
+    return float(
+        sum(count * (mixer[kind.lower()] + mlp * kind.isupper()) for kind, count in parse_layout(config.layout))
+    )
 
 
 def forward_flops(config: FlatConfig, t: int) -> float:

@@ -15,7 +15,7 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
 
 
 class Linear(nnx.Module):
-    """y[..., out] = sum over the input axes of x[..., in] kernel[in, out]; both sides may span several axes, no bias."""
+    """y[..., out] = sum over x[..., in] kernel[in, out]; both sides may span several axes, no bias."""
 
     def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, std: float, dtype: str, rngs: nnx.Rngs):
         """`std` 0 means 1 / sqrt(product of `inputs`)."""
@@ -31,7 +31,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last `len(shape)` axes, in float32 or wider; the result has `dtype`."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last `len(shape)` axes, in float32 or wider; gives `dtype`."""
 
     def __init__(self, shape: tuple[int, ...], *, eps: float, dtype: str):
         self.scale = nnx.Param(jnp.ones(shape, jnp.float32))

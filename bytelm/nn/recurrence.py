@@ -109,14 +109,14 @@ def ssd(
     if form == "scan":
 
         def one(state, now):
-            local, gain, added, kept = _chunk_terms(*now[:5], A, now[5])
-            return kept * state + added, local + _read(state, now[3], gain)
+            x, dt, B, C, segments, before = now
+            local, gain, added, kept = _chunk_terms(x, dt, B, C, segments, A, before)
+            return kept * state + added, local + _read(state, C, gain)
 
         state, y = jax.lax.scan(jax.checkpoint(one), first, (x, dt, B, C, segments, before))
     else:
-        local, gain, added, kept = jax.vmap(_chunk_terms, in_axes=(0, 0, 0, 0, 0, None, 0))(
-            x, dt, B, C, segments, A, before
-        )
+        terms = jax.vmap(_chunk_terms, in_axes=(0, 0, 0, 0, 0, None, 0))
+        local, gain, added, kept = terms(x, dt, B, C, segments, A, before)
         state, carried = jax.lax.scan(lambda s, now: (now[1] * s + now[0], s), first, (added, kept))
         y = local + jax.vmap(_read)(carried, C, gain)
     return jnp.moveaxis(y, 0, 1).reshape(b, t + pad, h, p)[:, :t], state

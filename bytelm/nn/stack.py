@@ -63,7 +63,7 @@ _REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_savea
 
 
 class Stack(nnx.Module):
-    """The blocks of a StackConfig and the closing norm. Run i is the attribute `run{i}`, its weights stacked [l, ...]."""
+    """The blocks of a StackConfig and the closing norm. Run i is `run{i}`, its weights stacked [l, ...]."""
 
     def __init__(self, config: StackConfig, *, std: float, dtype: str, rngs: nnx.Rngs, out_scale: float = 0.0):
         """`out_scale` scales the initial output projections; 0 = 1 / sqrt(residual additions)."""

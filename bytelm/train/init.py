@@ -18,18 +18,17 @@ def load_initial_params(source: str, abstract: Params) -> Params:
     path = Path(source)
     try:
         if is_weights_dir(path):
-            config, _ = load_config(path)
-            shapes = structure(config)[1]
+            config, folder = load_config(path)[0], None
         else:
             folder = find_checkpoint(path)
-            shapes = structure(stored_config(read_meta(folder), str(folder)).model)[1]
+            config = stored_config(read_meta(folder), str(folder)).model
     except CheckpointError as e:
         raise ConfigError(f"train.init_from={source}: {e}") from None
-    different = shapes_match(shapes, abstract)
+    different = shapes_match(structure(config)[1], abstract)
     if different:
         raise ConfigError(
             f"train.init_from={source}: its weights do not fit this model (there / here): " + "; ".join(different[:6])
         )
-    if is_weights_dir(path):
+    if folder is None:
         return jax.tree.map(lambda value, a: jax.device_put(value, a.sharding), load_for(config, path), abstract)
     return restore_params(folder, abstract)

@@ -182,7 +182,7 @@ def evaluate_text(
 def enable_compilation_cache(config: Config | None = None) -> None:
     """Keeps compiled programs on disk, so that a second start is quick (train.compilation_cache)."""
     folder = config.train.compilation_cache if config else ""
-    if folder != "off" and not jax.config.jax_compilation_cache_dir:
+    if folder != "off" and not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", folder or str(cache_folder("") / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

@@ -60,7 +60,9 @@ def lr_factors(config: OptimConfig, params: Params) -> Params:
     factors = jax.tree.map_with_path(factor, params)
     for pattern, _ in config.lr_multipliers:
         if pattern not in used:
-            raise ConfigError(f"optim.lr_multipliers: {pattern!r} matches no parameter (or an earlier pattern took all)")
+            raise ConfigError(
+                f"optim.lr_multipliers: {pattern!r} matches no parameter (or an earlier pattern took all)"
+            )
     return factors
 
 

@@ -30,7 +30,9 @@ class Progress:
     def __init__(self, steps: int, console: Console | None = None, every_seconds: float = 10.0):
         self.steps = steps
         self.console = console or Console(stderr=True, highlight=False)
-        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        self._live = (
+            Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        )
         self._every, self._last_print = every_seconds, 0.0
         self._heldout: float | None = None
 
@@ -66,4 +68,6 @@ class Progress:
     def heldout(self, step: int, seen: int, bpb: float) -> None:
         """A held-out measurement."""
         self._heldout = bpb
-        self.note(f"step {step:>{len(str(self.steps))}}/{self.steps} · {amount(seen):>8} seen · held-out {bpb:.4f} bits/byte")
+        self.note(
+            f"step {step:>{len(str(self.steps))}}/{self.steps} · {amount(seen):>8} seen · held-out {bpb:.4f} bits/byte"
+        )

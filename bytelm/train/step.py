@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from bytelm.config import Config
 from bytelm.models.build import Params
@@ -67,7 +67,7 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
     return jax.jit(step, donate_argnums=0, out_shardings=(setup.shardings, None))
 
 
-def make_eval_step(config: Config, setup: Setup) -> Callable[[Params, Int[Array, "b t"], Int[Array, "b t"]], Float]:
+def make_eval_step(config: Config, setup: Setup) -> Callable[[Params, Array, Array], Array]:
     """(params, inputs, targets) -> ln p(target) [b, t] in float32; one document per row, padding at the end."""
 
     def logprobs(params, inputs, targets):

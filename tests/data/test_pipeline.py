@@ -165,7 +165,8 @@ from bytelm.vocab import FLAT_IDS
 if __name__ == "__main__":
     corpus = open_corpus((sys.argv[1],))
     def open_with(workers, state=None):
-        return Batches([corpus], DataConfig(seq_len=16, batch_size=8, shards=4, piece_bytes=20, workers=workers), FLAT_IDS, seed=0, state=state)
+        config = DataConfig(seq_len=16, batch_size=8, shards=4, piece_bytes=20, workers=workers)
+        return Batches([corpus], config, FLAT_IDS, seed=0, state=state)
     none, two, four = open_with(0), open_with(2), open_with(4)
     for i in range(9):
         a, b, c = next(none), next(two), next(four)
@@ -186,7 +187,10 @@ def test_workers_do_not_change_batches_or_resume(corpus, tmp_path, root):
     script = tmp_path / "workers.py"
     script.write_text(WORKERS)
     done = subprocess.run(
-        [sys.executable, str(script), f"{tmp_path}/*.txt"], capture_output=True, text=True, timeout=300,
+        [sys.executable, str(script), f"{tmp_path}/*.txt"],
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "PYTHONPATH": str(root)},
     )
     assert done.stdout.strip() == "equal", done.stderr[-2000:]

@@ -43,7 +43,9 @@ def test_plain_files_are_documents_byte_for_byte(files):
     [("", bytes), (".gz", gzip.compress), (".zst", zstandard.ZstdCompressor().compress), (".xz", lzma.compress)],
 )
 def test_jsonl_and_compressed_files(files, suffix, pack):
-    (files / f"d.jsonl{suffix}").write_bytes(pack(jsonl({"text": "naïve\r\n"}, {"text": ""}, {"text": "b", "x": 1}) + b"\n"))
+    (files / f"d.jsonl{suffix}").write_bytes(
+        pack(jsonl({"text": "naïve\r\n"}, {"text": ""}, {"text": "b", "x": 1}) + b"\n")
+    )
     (files / f"t.txt{suffix}").write_bytes(pack(b"line\nline \xff"))
     assert texts(open_corpus((str(files / f"d.jsonl{suffix}"),))) == ["naïve\r\n".encode(), b"b"]
     assert texts(open_corpus((str(files / f"t.txt{suffix}"),))) == [b"line\nline \xff"]

@@ -34,11 +34,14 @@ def test_bigram_model_equals_brute_force(window, batch):
         for byte in text:
             want -= math.log2(table[before, byte])
             before = byte
-    assert bits_per_byte(scorer, TEXTS, window, group_bytes=5).bpb == pytest.approx(want / sum(map(len, TEXTS)), rel=1e-12)
+    assert bits_per_byte(scorer, TEXTS, window, group_bytes=5).bpb == pytest.approx(
+        want / sum(map(len, TEXTS)), rel=1e-12
+    )
 
 
 def test_longer_windows_see_more():
     """A model that knows how many inputs it has: the first byte of a window sees one input, the last `window`."""
+
     def logprobs(x, y):
         return -np.broadcast_to(np.arange(x.shape[1]) + 1.0, x.shape)
 

@@ -16,7 +16,9 @@ def qkv(t, seed=0, b=2, heads=4, groups=2, width=8):
 @pytest.mark.parametrize("packed", [False, True])
 def test_banded_equals_masked(t, window, packed):
     q, k, v = qkv(t, seed=t)
-    segments = jnp.asarray(np.cumsum(np.random.default_rng(t).random((2, t)) < 0.1, axis=1), jnp.int32) if packed else None
+    segments = (
+        jnp.asarray(np.cumsum(np.random.default_rng(t).random((2, t)) < 0.1, axis=1), jnp.int32) if packed else None
+    )
     want = attend(q, k, v, causal_mask(t, window, segments))
     np.testing.assert_allclose(banded_attend(q, k, v, window, segments), want, atol=2e-6)
 
@@ -28,7 +30,9 @@ def test_attend_equals_numpy(x64):
         for h in range(4):
             scores = np.asarray(k[1, : i + 1, h // 2] @ q[1, i, h]) / np.sqrt(8)
             weights = np.exp(scores - scores.max())
-            np.testing.assert_allclose(got[1, i, h], weights @ np.asarray(v[1, : i + 1, h // 2]) / weights.sum(), atol=1e-12)
+            np.testing.assert_allclose(
+                got[1, i, h], weights @ np.asarray(v[1, : i + 1, h // 2]) / weights.sum(), atol=1e-12
+            )
 
 
 def test_ring_knows_the_newest_position():

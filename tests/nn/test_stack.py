@@ -38,7 +38,10 @@ def inputs(t, b=2, seed=0):
 def test_golden_hnet_stacks(root, part, prefix, layout, d, mlp, window, source, target):
     """Our stack with the reference's weights gives the reference's activations (packed rows, all four block kinds)."""
     folder = root / "tests/golden/hnet_window"
-    assert json.loads((folder / "config.json").read_text())["attn_cfg"]["window_size"] == [6, 3]  # they see one key more
+    assert json.loads((folder / "config.json").read_text())["attn_cfg"]["window_size"] == [
+        6,
+        3,
+    ]  # they see one key more
     weights, io = load_file(folder / "weights.safetensors"), load_file(folder / "stacks.safetensors")
     config = StackConfig(layout=layout, d_model=d, num_heads=2, d_mlp=mlp, window=window, rope_dim=16,
                          ssm=SSMConfig(d_state=16, chunk=8))  # fmt: skip

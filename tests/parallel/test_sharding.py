@@ -52,7 +52,9 @@ def test_mesh_sizes():
 
 def test_indivisible_dimension_is_named():
     config = run_config("x", model={"stack": StackConfig(layout="T1", d_model=30, num_heads=3, d_mlp=64)})
-    with pytest.raises(ConfigError, match=r"mesh\.tensor=4 does not divide kv_heads=3 of .*stack/run0/attention/k/kernel"):
+    with pytest.raises(
+        ConfigError, match=r"mesh\.tensor=4 does not divide kv_heads=3 of .*stack/run0/attention/k/kernel"
+    ):
         plan_state(config, make_mesh(MeshConfig(data=1, fsdp=2, tensor=4)))
 
 
@@ -94,7 +96,9 @@ def test_sharded_training_equals_one_device(on_one_device, fsdp, tensor):
     assert q.sharding.spec == P(None, "fsdp", "tensor", None) and q.addressable_shards[0].data.size * 8 == q.size
     mu = sharded["opt"][1].mu["stack"]["run0"]["mamba"]["x"]["kernel"]
     assert mu.addressable_shards[0].data.size * 8 == mu.size
-    np.testing.assert_allclose(np.asarray(q), np.asarray(state["params"]["stack"]["run1"]["attention"]["q"]["kernel"]), atol=2e-4)
+    np.testing.assert_allclose(
+        np.asarray(q), np.asarray(state["params"]["stack"]["run1"]["attention"]["q"]["kernel"]), atol=2e-4
+    )
 
 
 def test_initial_state_does_not_depend_on_the_mesh(on_one_device):

@@ -46,7 +46,7 @@ def test_a_run_writes_what_it_says(tmp_path):
     assert sorted(losses(run)) == [1, 2, 3, 4, 5, 6]
     held = {r["step"]: r["heldout_bpb"] for r in records if "heldout_bpb" in r}
     assert sorted(held) == [2, 4, 6] and held[6] < held[2]
-    last = [r for r in records if r.get("step") == 6 and "loss" in r][0]
+    last = next(r for r in records if r.get("step") == 6 and "loss" in r)
     assert 0 < last["utilization_measured"] < 5 and last["bytes_per_second"] > 0
     assert last["bytes"] == 6 * 8 * 32  # one long document without an end symbol: every position is a byte
     meta = read_meta(run / "checkpoints" / "6")
@@ -99,7 +99,9 @@ def test_changed_settings_are_refused_by_name(tmp_path, capsys):
     config = run_config(tmp_path / "run", steps=2)
     train(config)
     changed = run_config(tmp_path / "run", steps=2, optim={"lr": 0.5}, data={"seq_len": 16})
-    with pytest.raises(ConfigError, match=r"(?s)data\.seq_len: 32 -> 16.*optim\.lr: 0\.003 -> 0\.5.*--train\.allow-config-change"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)data\.seq_len: 32 -> 16.*optim\.lr: 0\.003 -> 0\.5.*--train\.allow-config-change"
+    ):
         train(changed)
     train(run_config(tmp_path / "run", steps=4, checkpoint={"keep": 1}))  # longer, and other upkeep: allowed, and said
     assert "train.steps: 2 -> 4" in capsys.readouterr().err
@@ -234,7 +236,10 @@ def test_step_compiles_once(tmp_path, monkeypatch):
 
         monkeypatch.setattr(loop, name, counting)
     train(run_config(tmp_path / "run", eval={"every": 3}))
-    assert {count for _, count in traces} == {1} and {name for name, _ in traces} == {"make_train_step", "make_eval_step"}
+    assert {count for _, count in traces} == {1} and {name for name, _ in traces} == {
+        "make_train_step",
+        "make_eval_step",
+    }
 
 
 def test_overfits_one_batch(tmp_path):
@@ -275,7 +280,9 @@ def test_unwritable_run_dir(tmp_path):
 
 
 def test_batch_that_the_mesh_cannot_split_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.batch_size=4 cannot be split over data x fsdp = 8 devices: make it a multiple of 8"):
+    with pytest.raises(
+        ConfigError, match=r"data\.batch_size=4 cannot be split over data x fsdp = 8 devices: make it a multiple of 8"
+    ):
         train(run_config(tmp_path / "run", data={"batch_size": 4}))
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from bytelm.config import ConfigError, OptimConfig
+from bytelm.models.build import structure
 from bytelm.parallel.rules import path_string
 from bytelm.train.optim import decay_mask, learning_rate, lr_factors, make_optimizer
-from bytelm.models.build import structure
 from tiny import flat
 
 PARAMS = structure(flat())[1]
@@ -41,7 +41,8 @@ def test_decay_applies_to_matrices_only():
     decayed = {p for p, m in mask.items() if m}
     assert "stack/run0/mamba/x/kernel" in decayed and "stack/run1/mlp/down/kernel" in decayed
     for path in ("embed/table", "stack/norm/scale", "stack/run0/mamba/A_log", "stack/run0/mamba/D",
-                 "stack/run0/mamba/dt_bias", "stack/run0/mamba/conv_x/bias", "stack/run0/mamba/norm/scale"):  # fmt: skip
+                 "stack/run0/mamba/dt_bias", "stack/run0/mamba/conv_x/bias",
+                 "stack/run0/mamba/norm/scale"):  # fmt: skip
         assert path not in decayed, path
 
 

@@ -29,7 +29,9 @@ def start(tmp_path, root):
         env |= {"JAX_COMPILATION_CACHE_DIR": os.path.expanduser("~/.cache/bytelm/test-xla"),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}  # fmt: skip
         command = [sys.executable, "-m", "bytelm.cli", "train", str(path)]
-        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True), tmp_path / name
+        return subprocess.Popen(
+            command, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ), tmp_path / name
 
     return start
 
@@ -71,5 +73,7 @@ def test_asked_to_stop_saves_and_says_how_to_go_on(start, number):
     assert process.returncode == 75, said
     saved = list_steps(run / "checkpoints")
     assert len(saved) == 1 and 3 <= saved[0] < 30
-    assert f"stopped by {signal.Signals(number).name} at step {saved[0]}, saved; go on with:  bytelm train {run}" in said
+    assert (
+        f"stopped by {signal.Signals(number).name} at step {saved[0]}, saved; go on with:  bytelm train {run}" in said
+    )
     assert "Traceback" not in said

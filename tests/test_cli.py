@@ -1,0 +1,110 @@
+"""The commands on a real (tiny) trained run, and that user mistakes end in one line and status 2."""
+
+import json
+
+import pytest
+
+import bytelm
+from bytelm import codec
+from bytelm.cli import run as cli
+from bytelm.train.loop import train
+from tiny import run_config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    config = run_config(folder / "run", steps=4)
+    (folder / "config.yaml").write_text(codec.dumps(config))
+    train(config)
+    return folder / "run"
+
+
+def test_help_and_version(capsys):
+    assert cli(["--help"]) == 0 and "usage: bytelm COMMAND" in capsys.readouterr().out
+    assert cli([]) == 2
+    capsys.readouterr()
+    assert cli(["--version"]) == 0 and capsys.readouterr().out == f"bytelm {bytelm.__version__}\n"
+    assert cli(["train", "--help"]) == 0
+    assert "--train.steps" in capsys.readouterr().out
+    assert cli(["sample", "--help"]) == 0 and "--temperature" in capsys.readouterr().out
+    assert cli(["trian"]) == 2 and "did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_eval_on_heldout_and_other_text(trained, tmp_path, capsys):
+    assert cli(["eval", str(trained), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["bytes"] == 2146 and record["window"] == 32 and 5 < record["bpb"] < 8.1
+    (tmp_path / "t.txt").write_bytes(b"\xff\xfe any bytes \x00" * 20)
+    assert (
+        cli(["eval", str(trained), "--text", f"{tmp_path}/t.txt", "--window", "16", "--max-bytes", "100", "--json"])
+        == 0
+    )
+    record = json.loads(capsys.readouterr().out)
+    assert (record["bytes"], record["window"]) == (100, 16)
+    for step in ("2", "best"):
+        assert cli(["eval", str(trained), "--checkpoint", step, "--json"]) == 0
+    first, best = (json.loads(line)["bpb"] for line in capsys.readouterr().out.splitlines())
+    assert best < first
+
+
+def test_eval_compare_prints_compressors(trained, capsys):
+    assert cli(["eval", str(trained), "--compare"]) == 0
+    out = capsys.readouterr().out
+    assert "xz" in out and "given the same training text" in out and (trained / "loss.png").exists()
+
+
+def test_sample_streams_prompt_and_text(trained, capfdbinary):
+    assert cli(["sample", str(trained), "--prompt", "ROMEO: é", "--max-bytes", "20", "--seed", "1"]) == 0
+    out = capfdbinary.readouterr().out
+    assert out.startswith("ROMEO: é".encode()) and out.endswith(b"\n")
+    assert cli(["sample", str(trained), "--count", "2", "--max-bytes", "5", "--temperature", "0"]) == 0
+    assert capfdbinary.readouterr().out.count(b"---") == 4
+
+
+def test_convert_and_load_back(trained, tmp_path, capsys):
+    assert cli(["convert", str(trained), str(tmp_path / "w"), "--dtype", "bfloat16"]) == 0
+    assert cli(["convert", str(tmp_path / "w"), str(tmp_path / "w32")]) == 0
+    assert bytelm.load(tmp_path / "w32").score("abc").total == pytest.approx(
+        bytelm.load(trained).score("abc").total, abs=0.1
+    )
+    assert cli(["convert", str(trained), str(tmp_path / "w")]) == 2
+    assert "is there and not empty" in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing(trained, capsys):
+    config = trained.parent / "config.yaml"
+    target = trained.parent / "other"
+    assert cli(["train", str(config), "--train.run-dir", str(target), "--train.steps", "7", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "steps: 7" in out and "memory on one device" in out and "nothing was trained" in out and not target.exists()
+
+
+def test_train_takes_a_run_folder(trained, capsys):
+    assert cli(["train", str(trained)]) == 0
+    assert "resuming" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args,message",
+    [
+        (["train", "nothing.yaml"], "nothing.yaml: no such config file"),
+        (["train", "CONFIG", "--train.stepz", "3"], "Unrecognized options: --train.stepz"),
+        (["train", "CONFIG", "--train.steps", "many"], "invalid"),
+        (["train", "CONFIG", "--data.train", "missing*.txt", "--dry-run"], "'missing*.txt' matches no file"),
+        (["train", "CONFIG", "--data.batch-size", "12", "--dry-run", "--train.grad-accum", "5"], "train.grad_accum=5"),
+        (["train", "--train.steps", "3"], "the config file or run folder comes first"),
+        (["train", "FOLDER"], "a folder without config.yaml"),
+        (["eval", "nothing"], "nothing: no such file or directory"),
+        (["eval", "RUN", "--text", "missing.txt"], "--text: 'missing.txt' matches no file"),
+        (["eval", "RUN", "--suite", "cute"], "invalid"),
+        (["sample", "RUN", "--temperature", "-1"], "temperature=-1"),
+        (["sample", "RUN", "--prompt-file", "missing"], "No such file"),
+        (["sample", "RUN", "--checkpoint", "9"], "no checkpoint '9'; there is:"),
+    ],
+)
+def test_user_mistakes(trained, tmp_path, capsys, args, message):
+    names = {"CONFIG": str(trained.parent / "config.yaml"), "RUN": str(trained), "FOLDER": str(tmp_path)}
+    assert cli([names.get(a, a) for a in args]) == 2
+    said = "".join(capsys.readouterr())
+    assert message.lower() in said.lower().replace("\n", " ") and "Traceback" not in said
