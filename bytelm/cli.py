@@ -29,7 +29,9 @@ USAGE = """usage: bytelm COMMAND ...
 
   bytelm COMMAND --help says more; bytelm --version prints the version."""
 
-Path1 = tyro.conf.Positional[Path]
+COMPARE_LIMIT = 256 << 20  # bytes of training text that --compare is willing to compress
+
+PathArgument = tyro.conf.Positional[Path]
 
 
 def read_config(source: str, overrides: Sequence[str], prog: str) -> Config:
@@ -133,7 +135,7 @@ def plan(args: list[str]) -> int:
 class SampleOptions:
     """Lets a model write; the text streams as it is made."""
 
-    model: Path1  # run, checkpoint or weights directory
+    model: PathArgument  # run, checkpoint or weights directory
     prompt: str = ""  # text to go on from; empty = the start of a document
     prompt_file: Path | None = None  # read the prompt (any bytes) from this file instead
     max_bytes: int = 400  # length of the continuation
@@ -174,7 +176,7 @@ def sample(args: list[str]) -> int:
 class EvalOptions:
     """Measures a model. Without --text, on the text its run held out."""
 
-    model: Path1  # run, checkpoint or weights directory
+    model: PathArgument  # run, checkpoint or weights directory
     suite: Literal["bpb"] = "bpb"  # what to measure: bits per byte
     text: tuple[str, ...] = ()  # files or globs (.txt, .jsonl, .gz, .zst, [a:b] slices)
     text_field: str = "text"  # field of a jsonl record that holds the text
@@ -217,6 +219,11 @@ def evaluate(args: list[str]) -> int:
     }  # fmt: skip
     lines = []
     if options.compare:
+        size = sum(s.total_bytes for s in sources)
+        if size > COMPARE_LIMIT:
+            raise ConfigError(
+                f"--compare would compress {size:,} bytes of training text; it takes {COMPARE_LIMIT:,} at most"
+            )
         train = b"".join(s.read(i) for s in sources for i in range(len(s)))
         test = b"".join(first_bytes(text, options.max_bytes))
         lines = [line for line in (xz_given(train, test), ppmd_given(train, test)) if line]
@@ -254,8 +261,8 @@ def _draw(run: Path, lines: dict[str, float]) -> None:
 class ConvertOptions:
     """Writes a model's weights as safetensors + config.json, which `bytelm.load` reads back."""
 
-    source: Path1  # run, checkpoint or weights directory
-    target: Path1  # new folder
+    source: PathArgument  # run, checkpoint or weights directory
+    target: PathArgument  # new folder
     to: Literal["bytelm"] = "bytelm"  # format of the result
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the stored tensors
     checkpoint: str = "latest"  # latest, best, or a step
@@ -286,7 +293,7 @@ def parity(args: list[str]) -> int:
     class ParityOptions:
         """Runs a saved reference case on this machine's device and compares; exit status 1 when it is not ok."""
 
-        case: Path1  # directory with config.json, weights.safetensors, io.safetensors
+        case: PathArgument  # directory with config.json, weights.safetensors, io.safetensors
         precision: Annotated[str, tyro.conf.arg(help="matmul precision: highest, high, default")] = "highest"
 
     options = tyro.cli(ParityOptions, args=args, prog="bytelm parity")

@@ -76,6 +76,11 @@ class MetricsLog:
         for send, _ in self._writers:
             send(numbers, record.get("step", 0))
 
+    def write_once(self, record: dict[str, Any]) -> None:
+        """Writes a record unless the file holds the same one (a finished run that is looked at again)."""
+        if json.loads(json.dumps(record)) not in read_metrics(self.path):
+            self.write(record)
+
     def close(self) -> None:
         self._file.close()
         for _, finish in self._writers:

@@ -34,7 +34,8 @@ Install one (Debian, Ubuntu: apt install python3 python3-venv) or name one: BYTE
   fi
   version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   constraints=constraints/python$version.txt
-  wanted="$(cat pyproject.toml "$constraints" 2>/dev/null | cksum) $PWD"
+  [ -f "$constraints" ] || { say "no tested set of versions for Python $version: taking the newest that fit"; constraints=/dev/null; }
+  wanted="$(cat pyproject.toml "$constraints" | cksum) $PWD"
   for have in "${extras:-base}" dev; do
     if [ "$(cat ".venv/.bytelm-$have" 2>/dev/null)" = "$wanted" ]; then
       say "environment .venv is ready (Python $version)"
@@ -44,12 +45,11 @@ Install one (Debian, Ubuntu: apt install python3 python3-venv) or name one: BYTE
   free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')
   [ "$free" -ge 2500 ] || fail "only $free MB free here; the environment needs about 2,500 MB"
   say "installing bytelm and what it needs into .venv (about 900 MB; a few minutes) ..."
-  [ -f "$constraints" ] || { say "no tested set of versions for Python $version: taking the newest that fit"; constraints=/dev/null; }
   if ! "$PYTHON" -m pip install --disable-pip-version-check --quiet --constraint "$constraints" --editable ".${extras:+[$extras]}" >.venv/install.log 2>&1; then
     tail -n 15 .venv/install.log >&2
     if grep -qiE 'no space left' .venv/install.log; then fail "the disk is full"; fi
-    if grep -qiE 'connection|resolve|network|timed out|Temporary failure' .venv/install.log; then
-      fail "the package index could not be reached: is there a network? (full log: .venv/install.log)"
+    if grep -qiE 'connection|resolve|network|timed out|temporary failure|no matching distribution' .venv/install.log; then
+      fail "the package index could not be reached (or lacks a package): is there a network? (full log: .venv/install.log)"
     fi
     fail "pip could not install bytelm (full log: .venv/install.log)"
   fi

@@ -75,6 +75,34 @@ def banded_attend(
     return y.reshape(b, blocks * block, h, width)[:, :t]
 
 
+QUERY_BLOCK = 256  # longer rows of full attention are done in blocks of so many queries
+
+
+def blocked_attend(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t g k"],
+    segments: Int[Array, "b t"] | None = None,
+    block: int = QUERY_BLOCK,
+) -> Float[Array, "b t h k"]:
+    """Causal attention over the whole row, one block of queries at a time, recomputed in the backward pass: memory
+    grows with t * block, not t^2. Equals `attend` under `causal_mask(t, 0, segments)`."""
+    b, t, h, width = q.shape
+    blocks = -(-t // block)
+    padded = jnp.pad(q, ((0, 0), (0, blocks * block - t), (0, 0), (0, 0)))
+    own = None if segments is None else jnp.pad(segments, ((0, 0), (0, blocks * block - t)), constant_values=-1)
+
+    @jax.checkpoint
+    def one(i):
+        mask = (jnp.arange(t) <= i * block + jnp.arange(block)[:, None])[None]
+        if own is not None:
+            mask &= jax.lax.dynamic_slice_in_dim(own, i * block, block, 1)[:, :, None] == segments[:, None, :]
+        return attend(jax.lax.dynamic_slice_in_dim(padded, i * block, block, 1), k, v, mask)
+
+    y = jax.lax.map(one, jnp.arange(blocks))
+    return jnp.moveaxis(y, 0, 1).reshape(b, blocks * block, h, width)[:, :t]
+
+
 def full_attend(
     q: Float[Array, "b t h k"],
     k: Float[Array, "b t g k"],
@@ -89,6 +117,8 @@ def full_attend(
     if kernel == "auto":
         fits = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and segments is None
         kernel = "cudnn" if fits else "xla"
+    if kernel == "xla" and q.shape[1] > 2 * QUERY_BLOCK:
+        return blocked_attend(q, k, v, segments)
     if kernel == "xla":
         return attend(q, k, v, causal_mask(q.shape[1], 0, segments))
     mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +69,10 @@ def train(config: Config) -> Result:
     ids = byte_ids(config.model)
     sources, heldout_text = load_text(config.data)
     progress = Progress(config.train.steps)
-    checkpoints = Checkpoints(_writable(run_dir), config.checkpoint)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_own(run_dir))
+        checkpoints = Checkpoints(run_dir, config.checkpoint)
         stack.callback(checkpoints.close)
         stack.enter_context(jax.set_mesh(mesh))
         setup = plan_state(config, mesh)
@@ -106,9 +109,9 @@ def train(config: Config) -> Result:
             result = evaluate_text(config, mesh, eval_step, state["params"], heldout_text, max_bytes)
             if result is None:
                 return None
-            log.write({"step": step, "bytes": seen, "heldout_bpb": result.bpb, "heldout_bytes": result.bytes})
+            log.write_once({"step": step, "bytes": seen, "heldout_bpb": result.bpb, "heldout_bytes": result.bytes})
             progress.heldout(step, seen, result.bpb)
-            if max_bytes == config.eval.max_bytes and (best is None or result.bpb < best):
+            if max_bytes == config.eval.max_bytes and result.bpb < (math.inf if best is None else best):
                 best = result.bpb
                 checkpoints.save_best(step, state["params"], make_meta(config, step, bytes=seen, best_bpb=best))
             return result
@@ -151,6 +154,9 @@ def train(config: Config) -> Result:
                 progress.note(f"stopped by {stop.name} at step {step}, saved; go on with:  bytelm train {run_dir}")
                 raise Interrupted(str(run_dir))
 
+        if stop.requested:
+            checkpoints.wait()
+            raise Interrupted(str(run_dir))
         result = evaluate(config.eval.final_max_bytes)
         # Evaluations of different size do not compare: the best weights are chosen by those of eval.max_bytes.
         if config.eval.final_max_bytes != config.eval.max_bytes:
@@ -187,15 +193,20 @@ def enable_compilation_cache(config: Config | None = None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def _writable(run_dir: Path) -> Path:
+@contextlib.contextmanager
+def _own(run_dir: Path) -> Iterator[None]:
+    """Makes the run directory and keeps other processes from training in it."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.touch()
-        probe.unlink()
+        lock = open(run_dir / ".lock", "a")  # noqa: SIM115 (closed below, after the run)
     except OSError as e:
         raise ConfigError(f"train.run_dir={run_dir}: cannot be written: {e}") from None
-    return run_dir
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"train.run_dir={run_dir}: another process is training there") from None
+        yield
 
 
 def _resume(config: Config, checkpoints: Checkpoints, abstract: Any, progress: Progress) -> tuple | None:

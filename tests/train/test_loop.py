@@ -92,6 +92,8 @@ def test_finished_run_is_left_alone(tmp_path, capsys):
     before = (tmp_path / "run" / "checkpoints" / "2" / "meta" / "metadata").stat().st_mtime_ns
     result = train(config)
     assert result.step == 2 and "resuming" in capsys.readouterr().err
+    held = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "heldout_bpb" in r]
+    assert len(held) == 1
     assert (tmp_path / "run" / "checkpoints" / "2" / "meta" / "metadata").stat().st_mtime_ns == before
 
 
@@ -277,6 +279,11 @@ def test_unwritable_run_dir(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="train.run_dir=.*cannot be written"):
         train(run_config(tmp_path / "file"))
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with loop._own(tmp_path / "run"), pytest.raises(ConfigError, match="another process is training there"):
+        train(run_config(tmp_path / "run"))
 
 
 def test_batch_that_the_mesh_cannot_split_is_refused(tmp_path):
