@@ -2,10 +2,9 @@
 
 import dataclasses
 import difflib
-import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import yaml
 
@@ -45,8 +44,6 @@ def _decode(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, path)
-    if origin in (Union, types.UnionType):
-        return _decode_union(args, value, path)
     if origin is Literal:
         if not any(value == choice and type(value) is type(choice) for choice in args):
             raise ConfigError(f"{path}: got {_show(value)}, expected one of {', '.join(map(str, args))}")
@@ -68,20 +65,6 @@ def _decode(hint: Any, value: Any, path: str) -> Any:
             extra = f" (YAML reads {value} as a string: write {_yaml_float(value)})"
         raise ConfigError(f"{path}: got {_show(value)}, expected {hint_name}{extra}")
     return value
-
-
-def _decode_union(args: tuple, value: Any, path: str) -> Any:
-    """Optional values, and unions of dataclasses told apart by their `family` field."""
-    if value is None and type(None) in args:
-        return None
-    choices = [a for a in args if a is not type(None)]
-    if len(choices) == 1:
-        return _decode(choices[0], value, path)
-    families = {f.default: c for c in choices for f in dataclasses.fields(c) if f.name == "family"}
-    family = value.get("family") if isinstance(value, dict) else None
-    if family not in families:
-        raise ConfigError(f"{path}.family: got {_show(family)}, expected one of {', '.join(map(str, families))}")
-    return from_dict(families[family], value, path)
 
 
 def _is_float(text: str) -> bool:

@@ -132,7 +132,8 @@ def plot_losses(metrics: Path, picture: Path, lines: dict[str, float] | None = N
         axes.plot(*zip(*held), "o-", color="#c8502d", markersize=4, linewidth=1.4, label="held-out")
         low = min(v for _, v in held)
         axes.annotate(f"{held[-1][1]:.3f}", held[-1], textcoords="offset points", xytext=(0, 8), ha="right")
-        axes.set_ylim(min([low, *(lines or {}).values()]) - 0.15, min(max(v for _, v in held), 5) + 0.4)
+        marks = [low, min(max(v for _, v in held), 5), *(lines or {}).values()]
+        axes.set_ylim(min(marks) - 0.15, max(marks) + 0.4)
     for name, value in (lines or {}).items():
         axes.axhline(value, color="#666666", linewidth=0.9, linestyle="--")
         axes.annotate(f"{name} {value:.3f}", (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",

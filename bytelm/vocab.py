@@ -23,11 +23,6 @@ def encode(text: str | bytes | bytearray | memoryview) -> bytes:
     return bytes(text)
 
 
-def to_ids(data: bytes) -> NDArray[np.int32]:
-    """The bytes of `data` as an int32 array of ids."""
-    return np.frombuffer(data, np.uint8).astype(np.int32)
-
-
 def utf8_length(first: int) -> int:
     """Length in bytes of the UTF-8 character that starts with byte `first`; 1 for a byte that can start none."""
     if 0xC2 <= first <= 0xDF:
@@ -62,14 +57,6 @@ def complete_prefix(data: bytes) -> int:
         whole = all(_continues(char[:i], char[i]) for i in range(1, len(char)))
         return start if whole and len(char) < utf8_length(char[0]) else len(data)
     return len(data)
-
-
-def cut_at_character(data: bytes, limit: int) -> bytes:
-    """The first `limit` bytes of `data`, less an unfinished UTF-8 character at the cut."""
-    if len(data) <= limit:
-        return data
-    head = data[:limit]
-    return head[: complete_prefix(head)] if data[limit] & 0xC0 == 0x80 else head
 
 
 @dataclasses.dataclass(frozen=True)

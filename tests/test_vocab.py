@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytelm.vocab import FLAT_IDS, complete_prefix, cut_at_character, encode, to_ids
+from bytelm.vocab import FLAT_IDS, complete_prefix, encode
 
 
 @given(st.binary(max_size=12) | st.text(max_size=6).map(lambda s: s.encode()))
@@ -15,14 +15,6 @@ def test_complete_prefix_agrees_with_the_incremental_decoder(data):
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     decoder.decode(data)
     assert len(data) - complete_prefix(data) == len(decoder.getstate()[0])
-
-
-@given(st.text(max_size=20), st.integers(0, 30))
-def test_cut_at_character_gives_valid_text(text, limit):
-    data = text.encode()
-    cut = cut_at_character(data, limit)
-    assert data.startswith(cut) and len(cut) <= limit and text.startswith(cut.decode())
-    assert len(cut) > min(limit, len(data)) - 4
 
 
 def test_invalid_bytes_are_not_held_back():
@@ -35,5 +27,4 @@ def test_encode():
     assert encode("é") == b"\xc3\xa9" and encode(b"\xff") == b"\xff"
     with pytest.raises(ValueError, match="character 1 is a lone surrogate"):
         encode("a\ud800")
-    assert to_ids(b"\x00\xff").tolist() == [0, 255]
     assert FLAT_IDS.symbol_ids().tolist() == list(range(257))

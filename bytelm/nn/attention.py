@@ -95,7 +95,7 @@ def blocked_attend(
     @jax.checkpoint
     def one(i):
         mask = (jnp.arange(t) <= i * block + jnp.arange(block)[:, None])[None]
-        if own is not None:
+        if own is not None and segments is not None:
             mask &= jax.lax.dynamic_slice_in_dim(own, i * block, block, 1)[:, :, None] == segments[:, None, :]
         return attend(jax.lax.dynamic_slice_in_dim(padded, i * block, block, 1), k, v, mask)
 

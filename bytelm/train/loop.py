@@ -1,7 +1,6 @@
 """A whole training run on one page: `train(config)`."""
 
 import contextlib
-import dataclasses
 import fcntl
 import math
 import time
@@ -273,11 +272,4 @@ def _print_start(config, progress, mesh, sources, heldout_text, parameters, step
         f"{parameters:,} parameters · {mesh.size} {jax.devices()[0].device_kind} device(s) as {shape} · "
         f"training text: {' + '.join(s.describe() for s in sources)} · held out: {heldout_text.describe()} · "
         f"steps {step} to {config.train.steps}"
-    )
-
-
-def replace(config: Config, **sections: dict[str, Any]) -> Config:
-    """A config with some fields changed: replace(config, train={"steps": 10}, data={"workers": 2})."""
-    return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
     )

@@ -53,10 +53,11 @@ class Progress:
         """A training measurement; rate (bytes/s) and time left (s) may not be known yet."""
         held = "  -  " if self._heldout is None else f"{self._heldout:.3f}"
         share = step / self.steps
-        bar = "━" * round(20 * share) + "╌" * (20 - round(20 * share))
+        width = 20 if self.console.width >= 120 else 0
+        bar = "━" * round(width * share) + "╌" * (width - round(width * share)) + " " * bool(width)
         pace = "compiled" if rate is None or left is None else f"{amount(rate)}/s · {clock(left)} left"
         line = (
-            f"step {step:>{len(str(self.steps))}}/{self.steps} {bar} {amount(seen):>8} seen · "
+            f"step {step:>{len(str(self.steps))}}/{self.steps} {bar}{amount(seen):>8} seen · "
             f"train {bpb:.3f} · held-out {held} bits/byte · {pace}"
         )
         if self._live:

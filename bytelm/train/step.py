@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from bytelm.config import Config
+from bytelm.models.base import Network
 from bytelm.models.build import Params
 from bytelm.parallel.mesh import shard, to_spec
 from bytelm.parallel.rules import path_string
@@ -36,7 +37,7 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
     accum = config.train.grad_accum
 
     def micro_loss(params, batch, total):
-        network = nnx.merge(setup.graph, cast_matrices(params, config.model.dtype))
+        network: Network = nnx.merge(setup.graph, cast_matrices(params, config.model.dtype))
         out = network(batch["inputs"], batch["segments"])
         weights = batch["segments"] > 0
         nll = jnp.sum(jnp.where(weights, token_nll(out.logits, batch["targets"]), 0.0)) / total
