@@ -34,12 +34,22 @@ def test_plot(tmp_path):
     assert all((tmp_path / n).read_bytes()[:4] == b"\x89PNG" for n in ("a.png", "b.png"))
 
 
-@pytest.mark.parametrize(
-    "kind,name",
-    [("TPU v4", "TPU v4"), ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"), ("TPU v6 lite", "TPU v6e"),
-     ("TPU7x", "TPU7x"),     ("NVIDIA H100 80GB HBM3", "NVIDIA H100 SXM"), ("NVIDIA H200", "NVIDIA H200"), ("NVIDIA L4", "NVIDIA L4"),
-     ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB"), ("NVIDIA L40S", None), ("cpu", None)],
-)  # fmt: skip
+KINDS = {
+    "TPU v4": "TPU v4",
+    "TPU v5 lite": "TPU v5e",
+    "TPU v5": "TPU v5p",
+    "TPU v6 lite": "TPU v6e",
+    "TPU7x": "TPU7x",
+    "NVIDIA H100 80GB HBM3": "NVIDIA H100 SXM",
+    "NVIDIA H200": "NVIDIA H200",
+    "NVIDIA A100-SXM4-80GB": "NVIDIA A100 80GB",
+    "NVIDIA L4": "NVIDIA L4",
+    "NVIDIA L40S": None,
+    "cpu": None,
+}
+
+
+@pytest.mark.parametrize("kind,name", KINDS.items())
 def test_device_table(kind, name):
     chip = find_chip(kind)
     assert (chip.name if chip else None) == name
