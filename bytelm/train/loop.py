@@ -109,7 +109,7 @@ def train(config: Config) -> Result:
             if result is None:
                 return None
             log.write_once({"step": step, "bytes": seen, "heldout_bpb": result.bpb, "heldout_bytes": result.bytes})
-            progress.heldout(step, seen, result.bpb)
+            progress.heldout(step, seen, result.bpb, result.bytes)
             if max_bytes == config.eval.max_bytes and result.bpb < (math.inf if best is None else best):
                 best = result.bpb
                 checkpoints.save_best(step, state["params"], make_meta(config, step, bytes=seen, best_bpb=best))

@@ -66,9 +66,9 @@ class Progress:
             self._last_print = time.monotonic()
             self.note(line)
 
-    def heldout(self, step: int, seen: int, bpb: float) -> None:
-        """A held-out measurement."""
+    def heldout(self, step: int, seen: int, bpb: float, scored: int) -> None:
+        """A held-out measurement over `scored` bytes."""
         self._heldout = bpb
         self.note(
-            f"step {step:>{len(str(self.steps))}}/{self.steps} · {amount(seen):>8} seen · held-out {bpb:.4f} bits/byte"
+            f"step {step:>{len(str(self.steps))}}/{self.steps} · {amount(seen):>8} seen · held-out {bpb:.4f} bits/byte over {amount(scored)}"
         )
