@@ -69,6 +69,5 @@ class Progress:
     def heldout(self, step: int, seen: int, bpb: float, scored: int) -> None:
         """A held-out measurement over `scored` bytes."""
         self._heldout = bpb
-        self.note(
-            f"step {step:>{len(str(self.steps))}}/{self.steps} · {amount(seen):>8} seen · held-out {bpb:.4f} bits/byte over {amount(scored)}"
-        )
+        done = f"step {step:>{len(str(self.steps))}}/{self.steps} · {amount(seen):>8} seen"
+        self.note(f"{done} · held-out {bpb:.4f} bits/byte over {amount(scored)}")
