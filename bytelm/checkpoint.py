@@ -26,6 +26,8 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, options: CheckpointConfig):
         self.folder, self.best_folder = run_dir / "checkpoints", run_dir / "best"
+        for left_over in run_dir.glob("*/*.orbax-checkpoint-tmp*"):  # of a process that was killed while saving
+            shutil.rmtree(left_over, ignore_errors=True)
         self._manager = _manager(self.folder, options.keep, options.keep_every or None)
         self._best = _manager(self.best_folder, 1) if options.best else None
 
@@ -43,7 +45,9 @@ class Checkpoints:
 
     def save_best(self, step: int, params: Any, meta: dict) -> None:
         """Keeps these weights as the best so far, if checkpoint.best is on."""
-        if self._best is not None and step not in self._best.all_steps():
+        if self._best is not None:
+            if step in self._best.all_steps():
+                self._best.delete(step)
             with _saving(self.best_folder):
                 self._best.save(step, args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)), force=True)  # fmt: skip
@@ -65,11 +69,16 @@ class Checkpoints:
                 saved = self._manager.restore(step, args=ocp.args.Composite(
                     params=ocp.args.StandardRestore(abstract["params"]), rest=ocp.args.StandardRestore(rest),
                     data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()))  # fmt: skip
+                if not (isinstance(saved["data"], dict) and isinstance(saved["meta"], dict)):
+                    raise CheckpointError("its data or meta record is not a mapping")
             except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
                 broken.append((step, _reason(e)))
                 continue
             for bad, reason in broken:
                 self._set_aside(bad, reason)
+            if self._best is not None:
+                for later in [s for s in self._best.all_steps() if s > step]:
+                    self._best.delete(later)  # of a future that will now be another
             return {"params": saved["params"], **saved["rest"]}, saved["data"], saved["meta"]
         if broken:
             raise CheckpointError(
@@ -129,8 +138,11 @@ def list_steps(folder: Path) -> list[int]:
 def read_meta(step_folder: Path) -> dict:
     """The meta record of one checkpoint. Raises CheckpointError when it cannot be read."""
     try:
-        return json.loads((step_folder / "meta" / "metadata").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as e:
+        meta = json.loads((step_folder / "meta" / "metadata").read_text(encoding="utf-8"))
+        if not isinstance(meta, dict):
+            raise ValueError("its meta record is not a mapping")
+        return meta
+    except (OSError, ValueError) as e:
         raise CheckpointError(f"{step_folder}: not a readable bytelm checkpoint: {e}") from None
 
 
@@ -141,7 +153,7 @@ def find_checkpoint(run_dir: Path, which: str = "latest") -> Path:
         return run_dir / "best" / str(best[-1])
     if which == "latest" and steps:
         return run_dir / "checkpoints" / str(steps[-1])
-    if which.isdigit() and int(which) in steps:
+    if which in map(str, steps):
         return run_dir / "checkpoints" / which
     there = ", ".join([*map(str, steps), *(["best"] if best else [])]) or "none"
     raise CheckpointError(f"{run_dir}: no checkpoint {which!r}; there is: {there}")

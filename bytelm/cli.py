@@ -1,5 +1,6 @@
 """The `bytelm` command. User mistakes end in one message and exit status 2, never in a traceback."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -123,7 +124,7 @@ def plan(args: list[str]) -> int:
     as_json, rest = _take_flag(rest, "--json")
     devices, rest = _take_option(rest, "--devices", "0")
     chip, rest = _take_option(rest, "--chip", "")
-    if not devices.isdigit():
+    if not (devices.isascii() and devices.isdecimal()):
         raise ConfigError(f"--devices {devices}: must be a whole number")
     config = read_config(source, rest, "bytelm plan")
     made = make_plan(config, int(devices), chip)
@@ -155,9 +156,8 @@ def sample(args: list[str]) -> int:
     )
     lm = bytelm.load(options.model, checkpoint=options.checkpoint)
     out = sys.stdout.buffer
-    settings: dict[str, Any] = {
-        name: getattr(options, name) for name in ("max_bytes", "temperature", "top_k", "top_p", "stop")
-    }
+    settings: dict[str, Any] = {name: getattr(options, name) for name in ("max_bytes", "temperature", "top_k", "top_p")}
+    settings["stop"] = tuple(stop.encode("utf-8", "surrogateescape") for stop in options.stop)
     for i in range(options.count):
         if options.count > 1:
             out.write(f"--- {i + 1} ---\n".encode())
@@ -228,6 +228,7 @@ def evaluate(args: list[str]) -> int:
         test = b"".join(first_bytes(text, options.max_bytes))
         lines = [line for line in (xz_given(train, test), ppmd_given(train, test)) if line]
         record["compressors"] = {line.name: line.bpb for line in lines}
+    if options.compare and not options.text:
         _draw(options.model, record["compressors"])
     if options.json:
         print(json.dumps(record))
@@ -253,7 +254,7 @@ def _draw(run: Path, lines: dict[str, float]) -> None:
     """Draws the run's loss plot again, with the compressor lines."""
     from bytelm.metrics import plot_losses
 
-    if (run / "metrics.jsonl").exists():
+    with contextlib.suppress(OSError):  # a run that may not be written to keeps its plot
         plot_losses(run / "metrics.jsonl", run / "loss.png", lines)
 
 
@@ -323,14 +324,16 @@ def run(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         return _fail(f"unknown command {argv[0]!r}; {codec.suggest(argv[0], list(COMMANDS))}")
     try:
-        return COMMANDS[argv[0]](argv[1:])
+        status = COMMANDS[argv[0]](argv[1:])
+        sys.stdout.flush()
+        return status
     except SystemExit as e:  # tyro: 0 for --help, 2 for a bad option
         return e.code if isinstance(e.code, int) else EXIT_USER_ERROR
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `bytelm sample ... | head`
+    except BrokenPipeError:  # `bytelm sample ... | head`: what was asked for was read
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
+        return EXIT_USER_ERROR if argv[0] == "train" else EXIT_OK
     except Exception as e:
         return _status(e)
 

@@ -97,6 +97,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"a key must be a name ({key_node.start_mark})")
         key = loader.construct_object(key_node)
         if key in seen:
             raise ConfigError(f"key {key!r} is given twice ({key_node.start_mark})")
@@ -126,6 +128,8 @@ def load(path: str | Path, cls: Any = Config) -> Any:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read as a config: {e}") from None
+    if not text.strip():
+        raise ConfigError(f"{path}: the config file is empty")
     return loads(text, cls, str(path))
 
 

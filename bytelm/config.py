@@ -204,7 +204,9 @@ class OptimConfig:
 
     def __post_init__(self):
         _require(self.lr > 0, f"optim.lr={self.lr}: must be above 0")
-        _require(self.warmup_steps >= 0, f"optim.warmup_steps={self.warmup_steps}: must not be negative")
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            _require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)}: must not be negative")
+        _require(self.eps > 0, f"optim.eps={self.eps}: must be above 0")
         for name in ("decay_fraction", "final_lr"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"optim.{name}={value}: must be in [0, 1]")
@@ -244,6 +246,10 @@ class EvalConfig:
     batch_size: int = 0  # rows per evaluation step; 0 = data.batch_size
     window: int = 0  # bytes of context; 0 = data.seq_len, and 8192 at most
 
+    def __post_init__(self):
+        for name in ("every", "max_bytes", "final_max_bytes", "batch_size", "window"):
+            _require(getattr(self, name) >= 0, f"eval.{name}={getattr(self, name)}: must not be negative")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -258,6 +264,8 @@ class CheckpointConfig:
     def __post_init__(self):
         _require(self.every >= 1, f"checkpoint.every={self.every}: must be at least 1")
         _require(self.keep >= 1, f"checkpoint.keep={self.keep}: must be at least 1")
+        for name in ("every_seconds", "keep_every"):
+            _require(getattr(self, name) >= 0, f"checkpoint.{name}={getattr(self, name)}: must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +288,8 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "grad_accum", "log_every"):
             _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("seed", "profile_start", "profile_steps"):
+            _require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: must not be negative")
         _require(self.run_dir != "", "train.run_dir is empty: name a folder for the run")
 
 

@@ -57,7 +57,7 @@ class MetricsLog:
                 from tensorboardX import SummaryWriter
             except ImportError:
                 raise ImportError("train.tensorboard needs the extra: pip install 'bytelm[tensorboard]'") from None
-            writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)
+            writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
             self._writers.append((lambda n, s: [writer.add_scalar(k, v, s) for k, v in n.items()], writer.close))
         if wandb_project:
             try:

@@ -71,6 +71,11 @@ def test_round_trip_of_any_value(lr, project, flag):
         ("data: {weights: [1.0, 2.0]}", r"data\.weights has 2 entries for 1 in data\.train"),
         ("mesh: {data: -1, fsdp: -1}", r"at most one of them -1"),
         ("optim: {no_decay: ['(']}", r"'\(' is not a regular expression"),
+        ("eval: {batch_size: -1}", r"eval\.batch_size=-1: must not be negative"),
+        ("eval: {max_bytes: -1}", r"eval\.max_bytes=-1: must not be negative"),
+        ("train: {seed: -1}", r"train\.seed=-1: must not be negative"),
+        ("optim: {clip_norm: -1.0}", r"optim\.clip_norm=-1\.0: must not be negative"),
+        ("? [a]\n: 1", r"a key must be a name"),
         ("train: {grad_accum: 3}", r"train\.grad_accum=3 does not divide data\.batch_size=8"),
     ],
 )
@@ -82,6 +87,9 @@ def test_what_a_wrong_config_says(text, message):
 def test_missing_and_unreadable_files(tmp_path):
     with pytest.raises(ConfigError, match="no such config file"):
         codec.load(tmp_path / "x.yaml")
+    (tmp_path / "e.yaml").touch()
+    with pytest.raises(ConfigError, match="e.yaml: the config file is empty"):
+        codec.load(tmp_path / "e.yaml")
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read as a config"):
         codec.load(tmp_path / "b.yaml")

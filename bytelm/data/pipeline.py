@@ -7,7 +7,9 @@ do not depend on how many workers there are.
 
 import contextlib
 import json
+import multiprocessing.connection
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from bytelm.config import ConfigError, DataConfig
 from bytelm.data.functional import cut_pieces, document_piece
-from bytelm.data.sources import Corpus, open_corpus, split_validation
+from bytelm.data.sources import Corpus, DataError, open_corpus, split_validation
 from bytelm.vocab import ByteIds
 
 Batch = dict[str, NDArray[np.int32]]  # inputs, targets, segments: each [b, t]; segment 0 is padding
@@ -57,9 +59,14 @@ def load_text(config: DataConfig) -> tuple[list[Corpus], Corpus]:
     return [train], valid
 
 
+def _piece(config: DataConfig) -> int:
+    """Positions of a document that are shuffled as one; best_fit cannot pack more than a row."""
+    return config.seq_len if config.packing == "best_fit" else config.piece_length
+
+
 def records(sources: list[Corpus], config: DataConfig, ids: ByteIds, seed: int) -> grain.MapDataset:
     """The endless, shuffled, mixed sequence of pieces. Weights count pieces, not bytes."""
-    piece = config.seq_len if config.packing == "best_fit" else config.piece_length
+    piece = _piece(config)
 
     def one(corpus: Corpus, index: int) -> grain.MapDataset:
         dataset = grain.MapDataset.source(Pieces(corpus, piece, ids)).seed(seed + index)
@@ -102,7 +109,15 @@ class StreamRows(grain.IterDataset):
         return iterator
 
     def __iter__(self) -> "_StreamRowsIterator":
+        parent = multiprocessing.parent_process()
+        if parent is not None:  # a worker ends with the training process, even if that is killed
+            threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
         return _StreamRowsIterator({stream: self._open(stream) for stream in self.streams})
+
+
+def _exit_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _from_json(state: dict[str, Any]) -> dict[str, Any]:
@@ -170,19 +185,31 @@ class Batches:
                 f"the training text has changed since the checkpoint: (documents, bytes) was {state['text']}, "
                 f"is {self._text}; its data position does not fit"
             )
+        self._packing = [config.packing, config.seq_len, _piece(config), config.packing_bins, config.shuffle, seed]
+        if state is not None and state["packing"] != self._packing:
+            raise ConfigError(
+                "data.packing, seq_len, piece_bytes, packing_bins, shuffle or train.seed have changed since the "
+                f"checkpoint ({state['packing']} -> {self._packing}): its data position does not fit; set them back, "
+                "or start a new run from its weights with train.init_from"
+            )
         saved = state["streams"] if state else [None] * shards
         share = shards // processes
         self._states = dict(enumerate(saved))
         mine = list(range(process * share, (process + 1) * share))
         rows = StreamRows(records(sources, config, ids, seed), config, mine, dict(self._states))
         self._rows = _start(rows, config)
-        self._count = config.batch_size // processes
+        self._count, self._workers = config.batch_size // processes, config.workers
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        rows = [next(self._rows) for _ in range(self._count)]
+        try:
+            rows = [next(self._rows) for _ in range(self._count)]
+        except DataError:
+            raise
+        except Exception as e:  # grain wraps what a worker raised, and says in its own ways that one died
+            raise DataError(f"the data pipeline failed (data.workers={self._workers}): {e}") from e
         for row in rows:
             self._states[int(row["stream"])] = row["state"]
         pairs = np.stack([row["pair"] for row in rows])
@@ -196,7 +223,11 @@ class Batches:
     def state(self) -> dict[str, Any]:
         """Where each stream stands after the last batch."""
         decoded = [self._states[s] for s in sorted(self._states)]
-        return {"text": self._text, "streams": [json.loads(s) if isinstance(s, str) else s for s in decoded]}
+        return {
+            "text": self._text,
+            "packing": self._packing,
+            "streams": [json.loads(s) if isinstance(s, str) else s for s in decoded],
+        }
 
     def close(self) -> None:
         """Ends the worker processes."""

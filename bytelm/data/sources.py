@@ -1,7 +1,7 @@
 """Text on disk as documents: plain files, jsonl, compressed forms of both, and the bundled corpus.
 
-A corpus is a list of stretches of files, read through memory maps, so that its size is not bounded by memory. What
-cannot be mapped as it stands (jsonl, .gz, .zst, .xz) is written once, decompressed, to a cache folder.
+A corpus is a list of stretches of files, read where they lie, so that its size is not bounded by memory. What cannot be
+read as it stands (jsonl, .gz, .zst, .xz) is written once, decompressed, to a cache folder.
 """
 
 import dataclasses
@@ -29,6 +29,9 @@ BUNDLED = {"shakespeare": "tinyshakespeare.txt.xz"}
 _UNREADABLE = {".parquet", ".arrow", ".array_record", ".arrayrecord", ".zip", ".tar", ".bz2", ".pdf", ".docx"}
 
 
+MAX_OPEN = 64  # files that a corpus keeps open
+
+
 class DataError(ValueError):
     """Text that cannot be read; the message names file and place, and is shown without a traceback."""
 
@@ -41,13 +44,27 @@ class Corpus:
     file: NDArray[np.int32]
     start: NDArray[np.int64]
     stop: NDArray[np.int64]
-    _maps: dict[int, np.memmap] = dataclasses.field(default_factory=dict, repr=False)
+    _open: dict[int, int] = dataclasses.field(default_factory=dict, repr=False)  # file -> descriptor, oldest first
 
     def __len__(self) -> int:
         return len(self.file)
 
-    def __getstate__(self):  # memory maps do not travel to worker processes
-        return {**self.__dict__, "_maps": {}}
+    def __getstate__(self):  # descriptors do not travel to worker processes
+        return {**self.__dict__, "_open": {}}
+
+    def __del__(self):
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def _descriptor(self, file: int) -> int:
+        """An open descriptor of paths[file]; the longest unused of more than MAX_OPEN is closed."""
+        descriptor = self._open.pop(file, None)
+        if descriptor is None:
+            descriptor = os.open(self.paths[file], os.O_RDONLY)
+            if len(self._open) >= MAX_OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+        self._open[file] = descriptor
+        return descriptor
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -65,13 +82,11 @@ class Corpus:
         end = size if end is None else min(end, size)
         if end <= begin:
             return b""
-        if file not in self._maps:
-            try:
-                self._maps[file] = np.memmap(self.paths[file], np.uint8, mode="r")
-            except (OSError, ValueError) as e:
-                raise DataError(f"{self.paths[file]}: cannot be read any more: {e}") from None
         offset = int(self.start[document])
-        data = self._maps[file][offset + begin : offset + end].tobytes()
+        try:  # pread, not a memory map: a file that shrinks gives a short read, not a bus error
+            data = os.pread(self._descriptor(file), end - begin, offset + begin)
+        except OSError as e:
+            raise DataError(f"{self.paths[file]}: cannot be read any more: {e}") from None
         if len(data) != end - begin:
             raise DataError(f"{self.paths[file]}: is shorter than when the run began; was it changed?")
         return data
@@ -251,7 +266,7 @@ def _jsonl_texts(source: Path, text_field: str) -> Iterator[bytes]:
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        except (ValueError, RecursionError) as e:  # also bad UTF-8, and numbers or nesting beyond Python's limits
             raise DataError(f"{source}:{number}: not a JSON record: {e}") from None
         text = record.get(text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
@@ -276,6 +291,9 @@ def split_validation(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
         train = Corpus(corpus.paths, corpus.file, corpus.start, cut)
         valid = Corpus(corpus.paths, corpus.file, cut, corpus.stop)
         return train.select(train.lengths > 0), valid.select(valid.lengths > 0)
-    digests = (hashlib.blake2b(corpus.read(i), digest_size=8).digest() for i in range(len(corpus)))
-    held = np.array([int.from_bytes(d, "big") < fraction * 2**64 for d in digests])
+    digests = [hashlib.blake2b(corpus.read(i), digest_size=8).digest() for i in range(len(corpus))]
+    rank = np.array([int.from_bytes(d, "big") for d in digests], np.float64) / 2**64
+    held = rank < fraction
+    if fraction > 0 and not held.any():  # few documents: the luck of the draw must not leave nothing held out
+        held = rank == rank.min()
     return corpus.select(~held), corpus.select(held)

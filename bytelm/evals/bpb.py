@@ -71,13 +71,12 @@ def bits_per_byte(
     score: ScoreDocuments, documents: Iterable[bytes], window: int, group_bytes: int = 1 << 20
 ) -> BitsPerByte:
     """Scores documents in groups of about `group_bytes`; `window` is recorded with the result."""
-    nats, count, number = 0.0, 0, 0
+    nats, count, number, waiting = 0.0, 0, 0, 0
     group: list[bytes] = []
     for text in documents:
         group.append(text)
-        number += 1
-        count += len(text)
-        if sum(map(len, group)) >= group_bytes:
+        number, count, waiting = number + 1, count + len(text), waiting + len(text)
+        if waiting >= group_bytes:
             nats += sum(score(group))
-            group = []
+            group, waiting = [], 0
     return BitsPerByte(nats + sum(score(group)), count, number, window)

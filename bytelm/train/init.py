@@ -20,7 +20,7 @@ def load_initial_params(source: str, abstract: Params) -> Params:
         if is_weights_dir(path):
             config, folder = load_config(path)[0], None
         else:
-            folder = find_checkpoint(path)
+            folder = path if (path / "meta").is_dir() else find_checkpoint(path)
             config = stored_config(read_meta(folder), str(folder)).model
     except CheckpointError as e:
         raise ConfigError(f"train.init_from={source}: {e}") from None

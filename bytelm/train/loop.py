@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from bytelm.checkpoint import Checkpoints, blocking_changes, make_meta, read_met
 from bytelm.codec import differences, dumps, to_dict
 from bytelm.config import Config, ConfigError
 from bytelm.data.pipeline import Batches, load_text
-from bytelm.data.sources import Corpus, cache_folder
+from bytelm.data.sources import Corpus, DataError, cache_folder
 from bytelm.evals.bpb import BitsPerByte, bits_per_byte, first_bytes, window_scorer
 from bytelm.metrics import MetricsLog, git_commit, plot_losses, versions
 from bytelm.models.build import byte_ids, count_parameters
@@ -61,7 +61,7 @@ def train(config: Config) -> Result:
     if jax.process_count() > 1:
         raise ConfigError("training over several processes (hosts) is not built yet: start one process")
     enable_compilation_cache(config)
-    run_dir = Path(config.train.run_dir)
+    run_dir = Path(config.train.run_dir).expanduser()
     mesh = make_mesh(config.mesh)
     check_rows(mesh, config.data.batch_size, config.train.grad_accum)
     check_rows(mesh, config.eval.batch_size or config.data.batch_size, name="eval.batch_size")
@@ -84,16 +84,20 @@ def train(config: Config) -> Result:
                 state["params"] = load_initial_params(config.train.init_from, setup.abstract["params"])
                 progress.note(f"weights from {config.train.init_from}")
         step, seen, best = int(state["step"]), meta.get("bytes", 0), meta.get("best_bpb")
+        if meta.get("best_over") != _best_over(config):  # evaluations of other text or size do not compare
+            best = None
         batches = Batches(sources, config.data, ids, seed=config.train.seed, state=data_state)
         stack.callback(batches.close)
 
-        (run_dir / "config.yaml").write_text(dumps(config), encoding="utf-8")
+        (run_dir / "config.yaml.tmp").write_text(dumps(config), encoding="utf-8")
+        (run_dir / "config.yaml.tmp").replace(run_dir / "config.yaml")
         log = MetricsLog(run_dir, step, config.train.tensorboard, config.train.wandb_project)
         stack.callback(log.close)
         _print_start(config, progress, mesh, sources, heldout_text, count_parameters(setup.abstract["params"]), step)
         useful = TRAIN_FACTOR * forward_flops(config.model, config.data.seq_len)
         speed = Speed(config, useful, mesh.size, step, seen)
-        log.write({"step": step, "event": "start", "seed": config.train.seed, "commit": git_commit(),
+        commit = git_commit()
+        log.write({"step": step, "event": "start", "seed": config.train.seed, "commit": commit,
                    "versions": versions(), "device": speed.device, "devices": mesh.size,
                    "parameters": count_parameters(setup.abstract["params"]), "train_flops_per_byte": useful,
                    "matmul_flops_per_second": speed.measured})  # fmt: skip
@@ -101,6 +105,7 @@ def train(config: Config) -> Result:
         train_step = make_train_step(config, setup)
         eval_step = make_eval_step(config, setup)
         stop = stack.enter_context(stop_on_signal())
+        profile = stack.enter_context(_profiler(config, run_dir))
         stack.enter_context(progress)
 
         def evaluate(max_bytes: int) -> BitsPerByte | None:
@@ -116,13 +121,20 @@ def train(config: Config) -> Result:
             return result
 
         def save(wait: bool = False) -> None:
-            meta = make_meta(config, step, bytes=seen, best_bpb=best, commit=git_commit(), versions=versions())
+            meta = make_meta(config, step, bytes=seen, best_bpb=best, best_over=_best_over(config), commit=commit,
+                             versions=versions())  # fmt: skip
             checkpoints.save(step, state, batches.state(), meta, wait)
 
         first_step, last_save, metrics = step, time.monotonic(), None
         while step < config.train.steps:
-            _profile(config, run_dir, step, metrics)
-            batch = next(batches)
+            profile(step, metrics)
+            try:
+                batch = next(batches)
+            except DataError:  # a file that changed, a worker that died: keep what was learned
+                if metrics is not None:
+                    _check(_numbers(metrics), step, checkpoints)
+                    save(wait=True)
+                raise
             state, metrics = train_step(state, place_batch(batch, mesh))
             if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
                 # XLA's CPU collectives deadlock when several steps of many fake devices are in flight on few cores.
@@ -138,7 +150,7 @@ def train(config: Config) -> Result:
                 or (0 < config.checkpoint.every_seconds <= time.monotonic() - last_save)
             )
             if step % config.train.log_every == 0 or saving or step == first_step + 1:
-                record = _check({k: float(v) for k, v in jax.device_get(metrics).items()}, step, checkpoints)
+                record = _check(_numbers(metrics), step, checkpoints)
                 record |= speed.measure(step, seen)
                 log.write({"step": step, "bytes": seen, "loss": record.pop("nll"), **record})
                 progress.update(step, seen, record["bpb"], record.get("bytes_per_second"), record.get("seconds_left"))
@@ -153,8 +165,8 @@ def train(config: Config) -> Result:
                 progress.note(f"stopped by {stop.name} at step {step}, saved; go on with:  bytelm train {run_dir}")
                 raise Interrupted(str(run_dir))
 
+        checkpoints.wait()
         if stop.requested:
-            checkpoints.wait()
             raise Interrupted(str(run_dir))
         result = evaluate(config.eval.final_max_bytes)
         # Evaluations of different size do not compare: the best weights are chosen by those of eval.max_bytes.
@@ -165,6 +177,11 @@ def train(config: Config) -> Result:
         seconds = time.monotonic() - began
         progress.note(f"done: {step} steps, {amount(seen)} seen, {clock(seconds)}; run in {run_dir}")
     return Result(run_dir, step, result, best, seconds)
+
+
+def _best_over(config: Config) -> list:
+    """What the best held-out figure was measured on."""
+    return [list(config.data.valid), config.data.valid_fraction, config.eval.max_bytes, config.eval.window]
 
 
 def evaluate_text(
@@ -232,6 +249,10 @@ def _resume(config: Config, checkpoints: Checkpoints, abstract: Any, progress: P
     return saved
 
 
+def _numbers(metrics: Any) -> dict[str, float]:
+    return {k: float(v) for k, v in jax.device_get(metrics).items()}
+
+
 def _check(metrics: dict[str, float], step: int, checkpoints: Checkpoints) -> dict[str, float]:
     """The metrics of a step with bits per byte added. Raises Diverged when loss or gradient is not finite."""
     if not (math.isfinite(metrics["nll"]) and math.isfinite(metrics["grad_norm"])):
@@ -245,15 +266,24 @@ def _check(metrics: dict[str, float], step: int, checkpoints: Checkpoints) -> di
     return {"bpb": metrics["nll"] / math.log(2), **metrics}
 
 
-def _profile(config: Config, run_dir: Path, step: int, metrics: Any) -> None:
-    """Starts or ends the profiler window before step `step` runs."""
-    first, count = config.train.profile_start, config.train.profile_steps
-    if count and step == first:
-        jax.block_until_ready(metrics)
-        jax.profiler.start_trace(str(run_dir / "profile"))
-    elif count and step == first + count:
-        jax.block_until_ready(metrics)
-        jax.profiler.stop_trace()
+@contextlib.contextmanager
+def _profiler(config: Config, run_dir: Path) -> Iterator[Callable[[int, Any], None]]:
+    """Yields a function to call before each step, which opens and closes the profiler window; so does the run's end."""
+    first, end = config.train.profile_start, config.train.profile_start + config.train.profile_steps
+    active = False
+
+    def before(step: int, metrics: Any) -> None:
+        nonlocal active
+        if (first <= step < end) != active:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace() if active else jax.profiler.start_trace(str(run_dir / "profile"))
+            active = not active
+
+    try:
+        yield before
+    finally:
+        if active:
+            jax.profiler.stop_trace()
 
 
 def describe(config: Config) -> str:

@@ -24,12 +24,18 @@ def amount(count: float) -> str:
     return f"{count:.4g} TB"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read our output is gone (| head): the run goes on without a word."""
+        self.quiet = True
+
+
 class Progress:
     """Prints a run's progress: step, bytes seen, bits per byte (training and held-out), bytes/s, time left."""
 
     def __init__(self, steps: int, console: Console | None = None, every_seconds: float = 10.0):
         self.steps = steps
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or _Console(stderr=True, highlight=False)
         self._live = (
             Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
         )

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,7 +24,8 @@ def stop_on_signal() -> Iterator[Stop]:
         if stop.requested:
             os._exit(128 + number)
         stop.requested, stop.name = True, signal.Signals(number).name
-        print(f"\n{stop.name}: finishing this step, then saving (again: stop at once)", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # what reads our messages may be gone already (| tee)
+            os.write(2, f"\n{stop.name}: finishing this step, then saving (again: stop at once)\n".encode())
 
     before = {}
     with contextlib.suppress(ValueError):  # not in the main thread: signals are the caller's business

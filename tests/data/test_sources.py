@@ -89,6 +89,7 @@ def test_bundled_corpus_is_the_known_file(files):
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', r"bad.jsonl:2: not a JSON record"),
         ("utf.jsonl", b'{"text": "\xff"}\n', r"utf.jsonl:1: not a JSON record"),
         ("field.jsonl", b'{"txt": "a"}\n', r"field.jsonl:1: no string field 'text' .*the record has txt"),
+        ("deep.jsonl", b"[" * 100000, r"deep.jsonl:1: not a JSON record"),
         ("list.jsonl", b"[1]\n", r"list.jsonl:1: no string field"),
         ("half.jsonl", b'{"text": "\\ud800"}\n', r"half.jsonl:1: character 0 of 'text' is a lone surrogate"),
         ("cut.txt.gz", gzip.compress(b"x" * 1000)[:-9], r"cut.txt.gz: damaged"),
@@ -126,8 +127,24 @@ def test_a_file_that_shrinks_is_noticed(files):
         corpus.read(0)
     os.unlink(path)
     with pytest.raises(DataError, match="cannot be read any more"):
-        open_corpus_again = corpus.select(np.array([0]))
-        open_corpus_again.read(0)
+        corpus.select(np.array([0])).read(0)
+
+
+def test_more_files_than_may_be_open(files):
+    """Two thousand files with room for sixty-four descriptors."""
+    for i in range(2000):
+        (files / f"{i:04}.txt").write_bytes(b"%d" % i)
+    corpus = open_corpus((str(files / "*.txt"),))
+    before = len(os.listdir("/proc/self/fd"))
+    assert texts(corpus) == [b"%d" % i for i in range(2000)] and texts(corpus)[:3] == [b"0", b"1", b"2"]
+    assert len(os.listdir("/proc/self/fd")) - before <= 64
+
+
+def test_few_documents_always_leave_something_held_out(files):
+    for seed in range(20):
+        (files / f"{seed}.jsonl").write_bytes(jsonl(*({"text": f"{seed} {i}"} for i in range(20))))
+        train, valid = split_validation(open_corpus((str(files / f"{seed}.jsonl"),)), 0.05)
+        assert len(valid) >= 1 and len(train) + len(valid) == 20
 
 
 def test_validation_by_hash_does_not_depend_on_order(files):

@@ -261,6 +261,71 @@ def test_profiler_window_and_tensorboard(tmp_path):
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
+def test_profiler_window_across_a_resume(tmp_path):
+    """A run that ends, and one that begins, inside the window."""
+    profiler = {"profile_start": 1, "profile_steps": 4}
+    train(run_config(tmp_path / "run", steps=2, train=profiler))
+    first = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    train(run_config(tmp_path / "run", steps=8, train=profiler))
+    assert first and len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) > len(first)
+
+
+def test_other_packing_does_not_fit_a_saved_position(tmp_path):
+    train(run_config(tmp_path / "run", steps=2))
+    changed = run_config(tmp_path / "run", steps=3, data={"packing": "best_fit"}, train={"allow_config_change": True})
+    with pytest.raises(ConfigError, match="data position does not fit"):
+        train(changed)
+
+
+def test_broken_meta_falls_back(tmp_path, capsys):
+    config = run_config(tmp_path / "run", steps=4)
+    train(config)
+    for content in ("[]", "{", ""):
+        (tmp_path / "run" / "checkpoints" / "4" / "meta" / "metadata").write_text(content)
+        with pytest.raises(ValueError, match="not a readable bytelm checkpoint"):
+            bytelm.load(tmp_path / "run")
+        assert train(config).step == 4
+    assert "at step 2" in capsys.readouterr().err
+
+
+def test_best_is_replaced_when_the_run_goes_another_way(tmp_path):
+    """best/ of steps that a fall-back undid goes away, and the same step can be saved as best again."""
+    config = run_config(tmp_path / "run", steps=4, eval={"every": 1}, optim={"schedule": "constant"})
+    train(config)
+    assert list_steps(tmp_path / "run" / "best") == [4]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    train(config)
+    assert list_steps(tmp_path / "run" / "best") == [4]
+
+
+def test_nan_is_never_the_best(tmp_path):
+    config = run_config(tmp_path / "run", steps=9, optim={"lr": 1e30, "clip_norm": 0.0}, eval={"every": 2},
+                        train={"log_every": 100}, checkpoint={"every": 100})  # fmt: skip
+    with pytest.raises(Diverged):
+        train(config)
+    assert list_steps(tmp_path / "run" / "best") == []
+
+
+def test_a_file_that_shrinks_while_training_saves_first(tmp_path, monkeypatch):
+    text = tmp_path / "t.txt"
+    text.write_bytes(bytes(range(256)) * 400)
+    config = run_config(
+        tmp_path / "run", steps=400, data={"train": (str(text),), "valid": ()}, checkpoint={"every": 1000}
+    )
+    real = loop.place_batch
+
+    def shrink(batch, mesh):
+        if batch["inputs"].shape[0] == 8 and text.stat().st_size > 1000:
+            text.write_bytes(b"x")
+        return real(batch, mesh)
+
+    monkeypatch.setattr(loop, "place_batch", shrink)
+    with pytest.raises(ValueError, match="shorter than when the run began"):
+        train(config)
+    (saved,) = list_steps(tmp_path / "run" / "checkpoints")
+    assert 1 <= saved < 400
+
+
 def test_missing_wandb_names_the_extra(tmp_path):
     pytest.importorskip("tensorboardX")
     try:

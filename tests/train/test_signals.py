@@ -21,8 +21,8 @@ def losses(run_dir):
 
 @pytest.fixture
 def start(tmp_path, root):
-    def start(name, **sections):
-        config = run_config(tmp_path / name, steps=30, data={"batch_size": 4, "workers": 0}, **sections)
+    def start(name, data=None, **sections):
+        config = run_config(tmp_path / name, steps=30, data={"batch_size": 4, **(data or {})}, **sections)
         path = tmp_path / f"{name}.yaml"
         path.write_text(codec.dumps(config))
         env = {**os.environ, "PYTHONPATH": str(root), "XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
@@ -62,6 +62,30 @@ def test_kill_at_a_random_step_and_resume_is_bit_identical(start):
     assert kills >= 2
     assert losses(killed) == losses(whole) and len(losses(whole)) == 30
     assert list_steps(killed / "checkpoints") == list_steps(whole / "checkpoints")
+
+
+def test_interrupt_of_a_whole_pipeline_still_saves(start):
+    """Ctrl-C reaches `tee` as well: our messages go nowhere, the checkpoint is saved all the same."""
+    process, run = start("run", checkpoint={"every": 1000})
+    wait_for_step(process, run, 3)
+    process.stderr.close()
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 75
+    assert len(list_steps(run / "checkpoints")) == 1
+
+
+def test_workers_end_with_a_killed_run(start):
+    process, run = start("run", data={"workers": 2})
+    wait_for_step(process, run, 2)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    stop = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < stop:
+        time.sleep(0.1)
+    assert not [child for child in children if os.path.exists(f"/proc/{child}")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
