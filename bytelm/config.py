@@ -163,6 +163,7 @@ class DataConfig:
         _require(all(w > 0 for w in self.weights), f"data.weights={self.weights}: each must be above 0")
         for name in ("seq_len", "batch_size", "packing_bins", "prefetch"):
             _require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)}: must be at least 1")
+        _require(self.seq_len >= 2, f"data.seq_len={self.seq_len}: must be at least 2, a symbol and what follows it")
         for name in ("piece_bytes", "shards", "workers"):
             _require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must not be negative")
         _require(0 <= self.valid_fraction < 1, f"data.valid_fraction={self.valid_fraction}: must be in [0, 1)")

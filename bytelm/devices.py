@@ -39,14 +39,18 @@ CHIPS: dict[str, Chip] = {
 # What jax calls the device -> row of the table; the first text found in device_kind counts.
 _KINDS = (
     ("v5 lite", "v5e"), ("v5e", "v5e"), ("v5p", "v5p"), ("v5", "v5p"), ("v6", "v6e"), ("tpu7x", "7x"), ("v7x", "7x"),
-    ("v4", "v4"), ("a100", "a100"), ("h200", "h200"), ("h100", "h100"), ("b200", "b200"), ("l4", "l4"),
+    ("v4", "v4"), ("a100-sxm4-80gb", "a100"), ("a100 80gb", "a100"), ("h200", "h200"), ("h100 80gb hbm3", "h100"),
+    ("h100 sxm", "h100"), ("b200", "b200"), ("l4", "l4"),
 )  # fmt: skip
+
+
+_OTHERS = ("l40", "gh200", "gb200", "pcie")  # look alike, and are other chips
 
 
 def find_chip(device_kind: str) -> Chip | None:
     """The table's row for a device that jax describes so; None for one that is not in it (a CPU, say)."""
     kind = device_kind.lower()
-    return next((CHIPS[row] for text, row in _KINDS if text in kind.replace("l40", "")), None)
+    return next((CHIPS[row] for text, row in _KINDS if text in kind and not any(x in kind for x in _OTHERS)), None)
 
 
 def measured_matmul_rate(dtype: str, seconds: float = 0.3) -> float:

@@ -54,7 +54,7 @@ def draw(
     ranked = jnp.where((rank < top_k) | (top_k == 0), ranked, -jnp.inf)
     probability = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    ranked = jnp.where((before < top_p) | (rank == 0), ranked, -jnp.inf)
+    ranked = jnp.where((before < top_p) | (rank == 0) | (top_p >= 1), ranked, -jnp.inf)
     chosen = jax.vmap(jax.random.categorical)(keys, ranked)
     chosen = jnp.where(temperature > 0, chosen, 0)
     return jnp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0]

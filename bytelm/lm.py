@@ -187,6 +187,8 @@ class NetworkLM(ByteLM):
     def score_batch(
         self, texts: Sequence[Text], contexts: Sequence[Text] | None = None, window: int | None = None
     ) -> list[Score]:
+        if window is not None and window < 1:
+            raise ConfigError(f"window={window}: must be at least 1")
         window = window or self.window
         after = [encode(t) for t in texts]
         before = [b""] * len(after) if contexts is None else [encode(c) for c in contexts]

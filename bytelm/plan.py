@@ -97,12 +97,13 @@ def _local_size(path: str, shape: tuple[int, ...], mesh: dict[str, int]) -> floa
 
 
 def _memory(config: Config, params: Any, mesh: dict[str, int]) -> dict[str, float]:
-    """Bytes on one device. Weights, Adam's moments and gradients are exact; activations are counted by formula."""
+    """Bytes on one device. Weights and Adam's moments are exact; activations are counted by formula."""
     local = sum(_local_size(path_string(p), leaf.shape, mesh) for p, leaf in jax.tree.leaves_with_path(params))
     rows = config.data.batch_size // (mesh["data"] * mesh["fsdp"] * config.train.grad_accum)
     width = 2 if config.model.dtype == "bfloat16" else 4
     positions = rows * config.data.seq_len
-    memory = {"weights": 4 * local, "optimizer": 8 * local, "gradients": 4 * local}
+    gradients = 4 * local * (2 if config.train.grad_accum > 1 else 1)  # the sum and one microbatch's
+    memory = {"weights": 4 * local, "optimizer": 8 * local, "gradients": gradients}
     if config.model.dtype == "bfloat16":
         memory["weights in bfloat16"] = 2 * local
     memory["activations (estimate)"] = positions * _activation_bytes(
@@ -118,7 +119,7 @@ def _activation_bytes(stack: StackConfig, t: int, width: int, tensor: int) -> fl
     heads, keys = stack.num_heads / tensor, min(t, 2 * stack.window or t)
     inner = s.expand * d / tensor
     qkv = (heads + 2 * stack.kv_heads / tensor) * stack.head_width
-    total = 0.0
+    kept, recomputed = 0.0, 0.0
     for kind, count in parse_layout(stack.layout):
         residual = 4 * d
         if kind in "tT":
@@ -126,12 +127,15 @@ def _activation_bytes(stack: StackConfig, t: int, width: int, tensor: int) -> fl
             rest = 2 * width * qkv + heads * keys * (4 + width) + width * d
         else:
             dots = width * (2 * inner + 2 * s.d_state + d)
-            rest = width * (3 * inner + 4 * s.d_state) + 4 * inner * 3 + 4 * inner * s.d_state / min(s.chunk, t)
+            rest = width * (3 * inner + 4 * s.d_state) + 4 * inner * 5 + 4 * inner * s.d_state / min(s.chunk, t)
+            if s.form != "scan":  # scores and decays within chunks, all chunks at once
+                rest += stack.ssm_heads / tensor * min(s.chunk, t) * (8 + width)
         if kind.isupper():
             dots += width * (2 * stack.mlp_width / tensor + d)
             rest += width * 2 * stack.mlp_width / tensor + 4 * d
-        total += count * (residual + {"full": 0, "dots": dots, "none": dots + rest}[stack.remat])
-    return total
+        kept += count * (residual + {"full": 0, "dots": dots, "none": dots + rest}[stack.remat])
+        recomputed = max(recomputed, {"full": dots + rest, "dots": rest, "none": 0}[stack.remat])
+    return kept + recomputed  # the backward pass holds one layer's recomputed values at a time
 
 
 def describe_plan(config: Config, plan: Plan) -> str:

@@ -44,6 +44,9 @@ KINDS = {
     "NVIDIA H200": "NVIDIA H200",
     "NVIDIA A100-SXM4-80GB": "NVIDIA A100 80GB",
     "NVIDIA L4": "NVIDIA L4",
+    "NVIDIA A100-SXM4-40GB": None,
+    "NVIDIA H100 PCIe": None,
+    "NVIDIA GH200 480GB": None,
     "NVIDIA L40S": None,
     "cpu": None,
 }

@@ -39,7 +39,7 @@ def test_sharding_and_remat_lower_the_memory():
         )
 
     none, dots, full = (total(remat=r).memory["activations (estimate)"] for r in ("none", "dots", "full"))
-    assert none > 2 * dots > 2 * full > 0
+    assert none > 1.5 * dots > 1.5 * full > 0
 
 
 @pytest.mark.parametrize("args,message", [

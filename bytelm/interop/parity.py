@@ -128,5 +128,5 @@ def _measure(graph: nnx.GraphDef, params: Any, io: dict[str, np.ndarray]) -> dic
         if unknown:
             raise CheckpointError(f"io.safetensors has gradients of unknown parameters: {', '.join(sorted(unknown))}")
         errors = [np.abs(ours[n] - g).max() / max(np.abs(g).max(), 1e-30) for n, g in wanted.items()]
-        found["max_rel_grad_error"] = float(max(errors)) if errors else None
+        found["max_rel_grad_error"] = float(np.max(errors)) if errors else None
     return found

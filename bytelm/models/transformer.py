@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from bytelm.config import FlatConfig
 from bytelm.models.base import Output
 from bytelm.nn.cache import StackCache
-from bytelm.nn.layers import Embedding, Linear, wide
+from bytelm.nn.layers import Embedding, Linear
 from bytelm.nn.stack import Stack
 from bytelm.vocab import FLAT_IDS, NUM_SYMBOLS
 
@@ -28,11 +28,11 @@ class FlatModel(nnx.Module):
         self.embed = Embedding(TABLE_ROWS, d, std=std, dtype=config.dtype, rngs=rngs)
         self.stack = Stack(config.stack, std=std, dtype=config.dtype, rngs=rngs)
         if not config.tie_embeddings:
-            self.head = Linear((d,), (TABLE_ROWS,), std=std, dtype=config.dtype, rngs=rngs)
+            self.head = Linear((d,), (TABLE_ROWS,), std=std, dtype=config.dtype, rngs=rngs, widen=True)
 
     def _logits(self, y):
         logits = self.embed.attend(y) if self.config.tie_embeddings else self.head(y)
-        return logits[..., :NUM_SYMBOLS].astype(wide(logits.dtype))
+        return logits[..., :NUM_SYMBOLS]
 
     def __call__(self, inputs: Int[Array, "b t"], segments: Int[Array, "b t"] | None = None) -> Output:
         """Logits of the next symbol after each input. Where `segments` changes, nothing flows across.

@@ -115,7 +115,8 @@ def full_attend(
     `auto` takes cuDNN on a GPU for 16-bit rows without segments (it has no segment mask), else XLA.
     """
     if kernel == "auto":
-        fits = jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16 and segments is None
+        fits = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and segments is None
+        fits = fits and jax.default_backend() == "gpu"
         kernel = "cudnn" if fits else "xla"
     if kernel == "xla" and q.shape[1] > 2 * QUERY_BLOCK:
         return blocked_attend(q, k, v, segments)

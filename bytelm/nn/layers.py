@@ -8,6 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from bytelm.parallel.mesh import shard
+
 
 def wide(dtype: DTypeLike) -> jnp.dtype:
     """float32, or `dtype` where that is wider: the type of norms, softmax, recurrences and losses."""
@@ -17,17 +19,22 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
 class Linear(nnx.Module):
     """y[..., out] = sum over x[..., in] kernel[in, out]; both sides may span several axes, no bias."""
 
-    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, std: float, dtype: str, rngs: nnx.Rngs):
-        """`std` 0 means 1 / sqrt(product of `inputs`)."""
+    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, std: float, dtype: str, rngs: nnx.Rngs,
+                 widen: bool = False):  # fmt: skip
+        """`std` 0 means 1 / sqrt(product of `inputs`); `widen` gives results in float32 or wider."""
         scale = std or 1 / math.sqrt(math.prod(inputs))
         self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (*inputs, *outputs), jnp.float32))
         self.input_axes = len(inputs)
         self.dtype = dtype
+        self.output_dtype = wide(dtype) if widen else jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         n = self.input_axes
         dims = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
-        return jax.lax.dot_general(x.astype(self.dtype), self.kernel[...].astype(self.dtype), (dims, ((), ())))
+        kernel = self.kernel[...].astype(self.dtype)
+        return jax.lax.dot_general(
+            x.astype(self.dtype), kernel, (dims, ((), ())), preferred_element_type=self.output_dtype
+        )
 
 
 class RMSNorm(nnx.Module):
@@ -66,7 +73,10 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
-        return self.table[...].astype(self.dtype)[ids]
+        # Gathered in float32 and cast after: the backward pass adds up thousands of positions in a few rows, which
+        # bfloat16 cannot hold. The whole table on every device, so that rows stay where their batch is.
+        rows = shard(self.table[...], None, None)[ids]
+        return shard(rows, "batch", *(None,) * (rows.ndim - 1)).astype(self.dtype)
 
     def attend(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Logits x . table, in float32 or wider."""

@@ -24,13 +24,17 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(draw(channels))
 
     def __call__(self, x: Float[Array, "b t *c"], segments: Int[Array, "b t"] | None = None) -> Float[Array, "b t *c"]:
-        return causal_conv(x, self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype), segments)
+        # In float32: the backward pass adds up all positions in a handful of numbers.
+        kind = wide(x.dtype)
+        y = causal_conv(x.astype(kind), self.kernel[...].astype(kind), self.bias[...].astype(kind), segments)
+        return y.astype(x.dtype)
 
     def step(self, past: Float[Array, "b w *c"], x: Float[Array, "b *c"]):
         """Output at x given the last width - 1 inputs, and the inputs to keep."""
         seen = jnp.concatenate([past, x[:, None]], axis=1)
-        y = jnp.sum(seen * self.kernel[...].astype(x.dtype), axis=1) + self.bias[...].astype(x.dtype)
-        return y, seen[:, 1:]
+        kind = wide(x.dtype)
+        y = jnp.sum(seen.astype(kind) * self.kernel[...].astype(kind), axis=1) + self.bias[...].astype(kind)
+        return y.astype(x.dtype), seen[:, 1:]
 
 
 def _last_inputs(x: Float[Array, "b t *c"], lengths: Int[Array, " b"], count: int) -> Float[Array, "b w *c"]:

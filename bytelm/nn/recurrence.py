@@ -86,8 +86,9 @@ def ssd(
     """The recurrence in chunks: y and the last state, both float32 or wider.
 
     dt and A are float32 or wider, dt >= 0, A <= 0; dt = 0 leaves the state as it is. A change of `segments` resets the
-    state. `scan` does one chunk at a time and recomputes it in the backward pass (least memory, fastest on CPU);
-    `batched` does the work of all chunks as batched matmuls and scans over the carried states only.
+    state; the id of a segment must not come back later in the row. `scan` does one chunk at a time and recomputes it in
+    the backward pass (least memory, fastest on CPU); `batched` does the work of all chunks as batched matmuls and scans
+    over the carried states only.
     """
     b, t, h, p = x.shape
     kind = wide(x.dtype)

@@ -99,10 +99,12 @@ class Stack(nnx.Module):
         def body(r, block):
             return block(r, positions, segments), None
 
-        if self.config.remat != "none":
-            body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=False)
         for _, run in self._runs():
-            r, _ = self._over_layers(body, r, run)
+            looped = self.config.scan_layers and run.mixer_norm.scale.shape[0] > 1
+            layer = body
+            if self.config.remat != "none":  # only a real loop keeps the compiler from merging the recomputation away
+                layer = jax.checkpoint(body, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=not looped)
+            r, _ = self._over_layers(layer, r, run)
         return self.norm(r)
 
     def prefill(

@@ -21,11 +21,16 @@ DeviceBatch = dict[str, Int[Array, "b t"]]
 
 
 def cast_matrices(params: Params, dtype: str) -> Params:
-    """Matrices and tables in the compute type, once per step; norms, biases and rates stay float32."""
+    """Projection matrices in the compute type, once per step. The embedding table, convolutions, norms, biases and
+    rates stay float32: their gradients are sums over all positions, which bfloat16 cannot hold."""
     if dtype == "float32":
         return params
-    matrix = lambda path, p: p.astype(dtype) if path_string(path).endswith(("kernel", "table")) else p  # noqa: E731
-    return jax.tree.map_with_path(matrix, params)
+
+    def cast(path, p):
+        name = path_string(path)
+        return p.astype(dtype) if name.endswith("kernel") and "conv" not in name else p
+
+    return jax.tree.map_with_path(cast, params)
 
 
 def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatch], tuple[State, dict]]:

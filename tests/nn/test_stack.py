@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 
 from bytelm.config import SSMConfig, StackConfig
 from bytelm.interop.hnet import stack_params
+from bytelm.nn.layers import Embedding
+from bytelm.nn.mamba2 import Conv
 from bytelm.nn.stack import Stack
 from tiny import FULL, HYBRID, flat, network
 
@@ -62,11 +64,11 @@ def test_golden_hnet_stacks(root, part, prefix, layout, d, mlp, window, source, 
 def test_cached_steps_equal_forward(name):
     """Prefill of rows of unequal length, then byte by byte, past the window and far past a ring's size."""
     model, _ = network(MODELS[name])
-    ids = inputs(40, b=3)
+    ids = inputs(90, b=3)
     want = np.asarray(model(ids).logits)
-    lengths = jnp.array([1, 7, 18], jnp.int32)
+    lengths = jnp.array([1, 7, 68], jnp.int32)
     step = jax.jit(lambda ids, cache: model.step(ids, cache))
-    logits, cache = model.prefill(ids[:, :20], lengths, 40)
+    logits, cache = model.prefill(ids[:, :70], lengths, 90)
     for i in range(22):
         for row, length in enumerate(lengths):
             np.testing.assert_allclose(logits[row], want[row, length + i - 1], atol=2e-5)
@@ -88,9 +90,9 @@ def test_stepping_from_an_empty_cache():
 def test_causality_is_bit_exact(name):
     model, _ = network(MODELS[name])
     forward = jax.jit(lambda ids: model(ids).logits)
-    ids = inputs(40)
+    ids = inputs(90)  # beyond two blocks of the band
     base = np.asarray(forward(ids))
-    for t in (1, 17, 39):
+    for t in (1, 17, 70, 89):
         changed = np.asarray(forward(ids.at[:, t:].set((ids[:, t:] + 31) % 257)))
         assert (changed[:, :t] == base[:, :t]).all()
         assert (changed[:, t] != base[:, t]).any()
@@ -99,9 +101,9 @@ def test_causality_is_bit_exact(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_documents_equal_separate_documents(name):
     model, _ = network(MODELS[name])
-    lengths = [5, 1, 23, 11]
+    lengths = [5, 1, 40, 33, 11]
     ids = inputs(sum(lengths), b=1)
-    segments = jnp.asarray(np.repeat(np.arange(1, 5), lengths)[None], jnp.int32)
+    segments = jnp.asarray(np.repeat(np.arange(1, 6), lengths)[None], jnp.int32)
     packed = np.asarray(model(ids, segments).logits[0])
     start = 0
     for n in lengths:
@@ -136,6 +138,34 @@ def test_speed_options_do_not_change_loss_or_gradients(change):
     (want, want_grads), (got, grads) = value_and_grads({}), value_and_grads(change)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-4 * np.abs(w).max()), grads, want_grads)
+
+
+def test_bfloat16_embedding_gradient_is_summed_in_float32():
+    """16,384 positions of one byte: bfloat16 sums would stop growing at 0.5."""
+    embed = Embedding(384, 8, std=0.02, dtype="bfloat16", rngs=nnx.Rngs(params=jax.random.key(0)))
+    graph, state = nnx.split(embed, nnx.Param)
+    ids = jnp.zeros((16, 1024), jnp.int32)
+    total = lambda p: jnp.sum(nnx.merge(graph, p)(ids).astype(jnp.float32) * 1e-3)  # noqa: E731
+    grad = jax.grad(total)(nnx.to_pure_dict(state))["table"]
+    np.testing.assert_allclose(grad[0], 16.384, rtol=5e-3)
+
+
+def test_bfloat16_conv_gradient_is_summed_in_float32():
+    conv = Conv(4, (3,), rngs=nnx.Rngs(params=jax.random.key(0)))
+    graph, state = nnx.split(conv, nnx.Param)
+    x = jnp.ones((16, 1024, 3), jnp.bfloat16)
+    total = lambda p: jnp.sum(nnx.merge(graph, p)(x).astype(jnp.float32) * 1e-3)  # noqa: E731
+    grad = jax.grad(total)(nnx.to_pure_dict(state))
+    np.testing.assert_allclose(grad["bias"], 16.384, rtol=5e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bfloat16_models_give_float32_logits(tied):
+    """Not bfloat16 numbers in a float32 array: their last 16 bits are in use."""
+    model, _ = network(flat(HYBRID, dtype="bfloat16", tie_embeddings=tied))
+    logits = np.asarray(model(inputs(20)).logits)
+    assert logits.dtype == np.float32
+    assert (logits.view(np.uint32) & 0xFFFF).any()
 
 
 def test_bfloat16_is_near_float32():

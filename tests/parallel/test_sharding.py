@@ -94,6 +94,8 @@ def test_sharded_training_equals_one_device(on_one_device, fsdp, tensor):
     np.testing.assert_allclose(got[:, 0], want[:, 0], atol=1e-5)
     q = sharded["params"]["stack"]["run1"]["attention"]["q"]["kernel"]
     assert q.sharding.spec == P(None, "fsdp", "tensor", None) and q.addressable_shards[0].data.size * 8 == q.size
+    up = sharded["params"]["stack"]["run1"]["mlp"]["up"]["kernel"]
+    assert up.sharding.spec == P(None, "fsdp", "tensor") and up.addressable_shards[0].data.size * 8 == up.size
     mu = sharded["opt"][1].mu["stack"]["run0"]["mamba"]["x"]["kernel"]
     assert mu.addressable_shards[0].data.size * 8 == mu.size
     np.testing.assert_allclose(
@@ -114,9 +116,10 @@ def test_initial_state_does_not_depend_on_the_mesh(on_one_device):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_gradient_accumulation_equals_the_whole_batch(on_one_device, devices):
     want, _ = on_one_device
-    sizes = {"data": devices} if devices == 1 else {"data": 4, "fsdp": 2}
-    changes = {"train": {"grad_accum": 2}} if devices == 1 else {"train": {"grad_accum": 1}}
-    got, _ = losses(sizes, devices, **changes)
+    sizes = {"data": devices}
+    # On 8 devices the batch of 8 leaves nothing to accumulate: there the mesh is 4 x tensor 2.
+    sizes = sizes if devices == 1 else {"data": 2, "fsdp": 2, "tensor": 2}
+    got, _ = losses(sizes, devices, train={"grad_accum": 2})
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
