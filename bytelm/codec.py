@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +22,14 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(cls: Any, data: Any, path: str = "") -> Any:
-    """Builds `cls` from plain data. Raises ConfigError with the path, the value and what was expected."""
+    """Builds `cls` from plain data; a union of configs is told apart by `family` (the first one's, where it is left out).
+
+    Raises ConfigError with the path, the value and what was expected.
+    """
     if data is None:
         data = {}
+    if typing.get_args(cls):
+        cls = _member(cls, data, path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path or 'config'}: got {_show(data)}, expected a mapping with fields of {cls.__name__}")
     hints = typing.get_type_hints(cls)
@@ -40,9 +46,18 @@ def from_dict(cls: Any, data: Any, path: str = "") -> Any:
         raise ConfigError(f"{path or cls.__name__}: {e}") from None
 
 
+def _member(union: Any, data: Any, path: str) -> Any:
+    """The config class of a union whose family `data` names."""
+    members = {c.__dataclass_fields__["family"].default: c for c in typing.get_args(union)}
+    family = data.get("family", next(iter(members))) if isinstance(data, dict) else next(iter(members))
+    if family not in members:
+        raise ConfigError(f"{path + '.' if path else ''}family: unknown value {family!r}; {suggest(str(family), list(members))}")
+    return members[family]
+
+
 def _decode(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) or origin is types.UnionType:
         return from_dict(hint, value, path)
     if origin is Literal:
         if not any(value == choice and type(value) is type(choice) for choice in args):

@@ -2,7 +2,7 @@
 
 A config is data: numbers, strings, booleans, tuples. Checks in `__post_init__` name the field, its value and the fix.
 `bytelm/codec.py` reads and writes them as strict YAML; tyro puts a command line over them (the comment beside a field
-is its help text).
+is its help text). Those of the networks stand in `bytelm/model_config.py`.
 """
 
 import dataclasses
@@ -10,126 +10,27 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-DType = Literal["float32", "bfloat16"]
-Remat = Literal["none", "dots", "full"]
+from bytelm.model_config import (
+    ArchLayout,
+    CapacityConfig,
+    ConfigError,
+    DType,
+    FlatConfig,
+    HNetConfig,
+    ModelConfig,
+    Remat,
+    SSMConfig,
+    StackConfig,
+    parse_arch_layout,
+    parse_layout,
+    require,
+)
 
-
-class ConfigError(ValueError):
-    """A config that cannot work; the message names field, value and fix, and is shown without a traceback."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
-    """Splits a stack layout such as `m2T1m2` into runs: (("m", 2), ("T", 1), ("m", 2)).
-
-    m = Mamba-2 mixer, t = attention mixer; a capital letter adds a SwiGLU MLP to the block (H-Net's notation).
-    """
-    _require(
-        re.fullmatch(r"([mMtT]\d+)+", layout) is not None,
-        f"stack.layout={layout!r}: expected runs of a letter (m, M: Mamba-2; t, T: attention; capital: with an MLP) "
-        "and a count, such as 'T6' or 'm2T1m2'",
-    )
-    runs = tuple((kind, int(count)) for kind, count in re.findall(r"([mMtT])(\d+)", layout))
-    _require(all(count > 0 for _, count in runs), f"stack.layout={layout!r}: each run needs at least one block")
-    return runs
-
-
-@dataclass(frozen=True, kw_only=True)
-class SSMConfig:
-    """Shape of the Mamba-2 blocks of a stack."""
-
-    d_state: int = 128  # size of the state kept for each channel (N)
-    expand: int = 2  # inner width as a multiple of d_model
-    head_dim: int = 64  # channels that share one decay
-    conv_width: int = 4  # taps of the causal convolution in front of the recurrence
-    chunk: int = 128  # steps per chunk of the parallel form; changes the speed, not the result
-    form: Literal["auto", "scan", "batched"] = "auto"  # auto: scan on CPU, batched elsewhere
-
-    def __post_init__(self):
-        for name in ("d_state", "expand", "head_dim", "conv_width", "chunk"):
-            _require(getattr(self, name) >= 1, f"ssm.{name}={getattr(self, name)}: must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StackConfig:
-    """A stack of pre-norm residual blocks: attention or Mamba-2, each with or without an MLP."""
-
-    layout: str = "T6"  # runs of blocks: m/M Mamba-2, t/T attention, capital = with MLP; e.g. T6, M12, m4T1m4
-    d_model: int = 256  # width of the residual stream
-    num_heads: int = 4  # query heads
-    num_kv_heads: int = 0  # key and value heads; 0 = num_heads
-    head_dim: int = 0  # features per head; 0 = d_model / num_heads
-    d_mlp: int = 0  # width of the SwiGLU MLP; 0 = 8/3 d_model rounded up to a multiple of 128
-    window: int = 0  # keys that a query sees, itself included; 0 = all
-    rope_dim: int = 0  # rotated features per head; 0 = head_dim
-    rope_theta: float = 10000.0  # base of the rotary frequencies
-    norm_eps: float = 1.0e-5  # epsilon of every RMSNorm
-    ssm: SSMConfig = field(default_factory=SSMConfig)  # shape of the Mamba-2 blocks
-    attention: Literal["auto", "xla", "cudnn"] = "auto"  # kernel of full attention; auto: cudnn on GPU where it can
-    scan_layers: bool = True  # run a run of equal blocks as one scan (fast compile, small memory) or unrolled
-    remat: Remat = "none"  # what the backward pass recomputes: none, all but the matmuls, or everything
-
-    def __post_init__(self):
-        runs = parse_layout(self.layout)
-        for name in ("d_model", "num_heads"):
-            _require(getattr(self, name) >= 1, f"stack.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("num_kv_heads", "head_dim", "d_mlp", "window", "rope_dim"):
-            _require(getattr(self, name) >= 0, f"stack.{name}={getattr(self, name)}: must not be negative")
-        if any(kind in "tT" for kind, _ in runs):
-            _require(
-                self.head_dim > 0 or self.d_model % self.num_heads == 0,
-                f"stack.num_heads={self.num_heads} does not divide stack.d_model={self.d_model}: "
-                "change one of them or set stack.head_dim",
-            )
-            _require(
-                self.num_heads % self.kv_heads == 0,
-                f"stack.num_kv_heads={self.num_kv_heads} does not divide stack.num_heads={self.num_heads}",
-            )
-            _require(
-                self.rotary % 2 == 0 and self.rotary <= self.head_width,
-                f"stack.rope_dim={self.rotary}: must be even and at most the head dimension {self.head_width}",
-            )
-        if any(kind in "mM" for kind, _ in runs):
-            inner = self.ssm.expand * self.d_model
-            _require(
-                inner % self.ssm.head_dim == 0,
-                f"stack.ssm.head_dim={self.ssm.head_dim} does not divide expand * d_model = {inner}",
-            )
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def head_width(self) -> int:
-        return self.head_dim or self.d_model // self.num_heads
-
-    @property
-    def rotary(self) -> int:
-        return self.rope_dim or self.head_width
-
-    @property
-    def mlp_width(self) -> int:
-        return self.d_mlp or -(-8 * self.d_model // (3 * 128)) * 128
-
-    @property
-    def ssm_heads(self) -> int:
-        return self.ssm.expand * self.d_model // self.ssm.head_dim
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlatConfig:
-    """A flat byte model: embedding, one stack, head. MambaByte and hybrids are layouts."""
-
-    family: Literal["flat"] = "flat"  # which model family this is
-    stack: StackConfig = field(default_factory=StackConfig)  # the blocks
-    tie_embeddings: bool = True  # use the embedding table as the output matrix
-    dtype: DType = "float32"  # compute type; parameters are float32 always
-    init_std: float = 0.02  # standard deviation of the initial weights (0: 1 / sqrt(fan in))
+__all__ = [
+    "ArchLayout", "CapacityConfig", "CheckpointConfig", "Config", "ConfigError", "DType", "DataConfig", "EvalConfig",
+    "FlatConfig", "HNetConfig", "MeshConfig", "ModelConfig", "OptimConfig", "Remat", "SSMConfig", "StackConfig",
+    "TrainConfig", "parse_arch_layout", "parse_layout",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,24 +56,24 @@ class DataConfig:
     cache_dir: str = ""  # where decompressed text is kept; empty = ~/.cache/bytelm
 
     def __post_init__(self):
-        _require(len(self.train) > 0, "data.train is empty: name at least one file or glob")
-        _require(
+        require(len(self.train) > 0, "data.train is empty: name at least one file or glob")
+        require(
             len(self.weights) in (0, len(self.train)),
             f"data.weights has {len(self.weights)} entries for {len(self.train)} in data.train: give one each, or none",
         )
-        _require(all(w > 0 for w in self.weights), f"data.weights={self.weights}: each must be above 0")
+        require(all(w > 0 for w in self.weights), f"data.weights={self.weights}: each must be above 0")
         for name in ("seq_len", "batch_size", "packing_bins", "prefetch"):
-            _require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)}: must be at least 1")
-        _require(self.seq_len >= 2, f"data.seq_len={self.seq_len}: must be at least 2, a symbol and what follows it")
+            require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)}: must be at least 1")
+        require(self.seq_len >= 2, f"data.seq_len={self.seq_len}: must be at least 2, a symbol and what follows it")
         for name in ("piece_bytes", "shards", "workers"):
-            _require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must not be negative")
-        _require(0 <= self.valid_fraction < 1, f"data.valid_fraction={self.valid_fraction}: must be in [0, 1)")
-        _require(
+            require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must not be negative")
+        require(0 <= self.valid_fraction < 1, f"data.valid_fraction={self.valid_fraction}: must be in [0, 1)")
+        require(
             self.batch_size % self.streams == 0,
             f"data.shards={self.shards} does not divide data.batch_size={self.batch_size}: each stream must fill the "
             "same rows of every batch",
         )
-        _require(
+        require(
             self.workers == 0 or self.streams % self.workers == 0,
             f"data.workers={self.workers} does not divide the {self.streams} streams (data.shards): workers share them",
         )
@@ -204,16 +105,16 @@ class OptimConfig:
     lr_multipliers: tuple[tuple[str, float], ...] = ()  # (path regex, factor): first match scales that parameter's rate
 
     def __post_init__(self):
-        _require(self.lr > 0, f"optim.lr={self.lr}: must be above 0")
+        require(self.lr > 0, f"optim.lr={self.lr}: must be above 0")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
-            _require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)}: must not be negative")
-        _require(self.eps > 0, f"optim.eps={self.eps}: must be above 0")
+            require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)}: must not be negative")
+        require(self.eps > 0, f"optim.eps={self.eps}: must be above 0")
         for name in ("decay_fraction", "final_lr"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"optim.{name}={value}: must be in [0, 1]")
+            require(0 <= value <= 1, f"optim.{name}={value}: must be in [0, 1]")
         for name in ("b1", "b2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optim.{name}={value}: must be in [0, 1)")
+            require(0 <= value < 1, f"optim.{name}={value}: must be in [0, 1)")
         for pattern in (*self.no_decay, *(p for p, _ in self.lr_multipliers)):
             try:
                 re.compile(pattern)
@@ -231,7 +132,7 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)
-        _require(
+        require(
             all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
             f"mesh sizes (data, fsdp, tensor) = {sizes}: each at least 1, at most one of them -1",
         )
@@ -249,7 +150,7 @@ class EvalConfig:
 
     def __post_init__(self):
         for name in ("every", "max_bytes", "final_max_bytes", "batch_size", "window"):
-            _require(getattr(self, name) >= 0, f"eval.{name}={getattr(self, name)}: must not be negative")
+            require(getattr(self, name) >= 0, f"eval.{name}={getattr(self, name)}: must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,10 +164,10 @@ class CheckpointConfig:
     best: bool = True  # keep the weights with the lowest held-out bits per byte under best/
 
     def __post_init__(self):
-        _require(self.every >= 1, f"checkpoint.every={self.every}: must be at least 1")
-        _require(self.keep >= 1, f"checkpoint.keep={self.keep}: must be at least 1")
+        require(self.every >= 1, f"checkpoint.every={self.every}: must be at least 1")
+        require(self.keep >= 1, f"checkpoint.keep={self.keep}: must be at least 1")
         for name in ("every_seconds", "keep_every"):
-            _require(getattr(self, name) >= 0, f"checkpoint.{name}={getattr(self, name)}: must not be negative")
+            require(getattr(self, name) >= 0, f"checkpoint.{name}={getattr(self, name)}: must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,17 +189,17 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "grad_accum", "log_every"):
-            _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be at least 1")
+            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be at least 1")
         for name in ("seed", "profile_start", "profile_steps"):
-            _require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: must not be negative")
-        _require(self.run_dir != "", "train.run_dir is empty: name a folder for the run")
+            require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: must not be negative")
+        require(self.run_dir != "", "train.run_dir is empty: name a folder for the run")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole training run."""
 
-    model: FlatConfig = field(default_factory=FlatConfig)  # the network
+    model: ModelConfig = field(default_factory=FlatConfig)  # the network
     data: DataConfig = field(default_factory=DataConfig)  # its text
     optim: OptimConfig = field(default_factory=OptimConfig)  # its optimizer
     mesh: MeshConfig = field(default_factory=MeshConfig)  # its devices
@@ -307,7 +208,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # what is saved
 
     def __post_init__(self):
-        _require(
+        require(
             self.data.batch_size % self.train.grad_accum == 0,
             f"train.grad_accum={self.train.grad_accum} does not divide data.batch_size={self.data.batch_size}",
         )

@@ -59,6 +59,13 @@ def complete_prefix(data: bytes) -> int:
     return len(data)
 
 
+class ReservedByteError(ValueError):
+    """A text holds a byte that the model family keeps for itself; the message says where."""
+
+
+_REPLACEMENT = "\ufffd".encode()  # U+FFFD in UTF-8
+
+
 @dataclasses.dataclass(frozen=True)
 class ByteIds:
     """How a model family numbers bytes: id = byte + offset, and the symbols before and after a document."""
@@ -66,10 +73,42 @@ class ByteIds:
     start: int  # id put in front of a document
     end: int  # id that follows its last byte
     offset: int = 0  # id of byte 0
+    reserved: bytes = b""  # bytes whose ids mean something else, so that a text must not hold them
+    replace: bool = False  # whether they become U+FFFD in a text (else they are refused)
 
     def symbol_ids(self) -> NDArray[np.int32]:
         """The family's id of each of the 257 public symbols (bytes 0-255, then END)."""
         return np.append(np.arange(256, dtype=np.int32) + self.offset, np.int32(self.end))
 
+    def possible(self) -> NDArray[np.bool_]:
+        """Which of the 257 symbols can follow a text: all but the reserved bytes."""
+        out = np.ones(NUM_SYMBOLS, bool)
+        out[list(self.reserved)] = False
+        return out
+
+    def clean(self, text: bytes, where: str = "the text", first: int = 0) -> bytes:
+        """The text without reserved bytes: each becomes the three bytes of U+FFFD if `replace`.
+
+        Else raises ReservedByteError naming `where` and the offset, counted from `first`.
+        """
+        bad = self.reserved_positions(text)
+        if not len(bad):
+            return text
+        if self.replace:
+            for byte in self.reserved:
+                text = text.replace(bytes([byte]), _REPLACEMENT)
+            return text
+        raise ReservedByteError(
+            f"{where} holds byte 0x{text[bad[0]]:02X} at offset {first + bad[0]}, which this model family keeps for its "
+            "own symbols (valid UTF-8 never has it); take it out, or ask for reserved=replace (U+FFFD in its place)"
+        )
+
+    def reserved_positions(self, text: bytes) -> NDArray[np.int64]:
+        """Offsets of reserved bytes in a text."""
+        if not self.reserved or not any(byte in text for byte in self.reserved):
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(np.isin(np.frombuffer(text, np.uint8), list(self.reserved)))
+
 
 FLAT_IDS = ByteIds(start=END, end=END)
+HNET_IDS = ByteIds(start=254, end=255, reserved=bytes([254, 255]))

@@ -4,9 +4,21 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.vocab import ByteIds
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Level:
+    """What one chunking level of a hierarchical model saw and decided. Its elements are the bytes (level 0) or the
+    chunks of the level below it, in slots; empty slots are not valid and stand at the end."""
+
+    position: Int[Array, "b c"]  # index of the row at which each element starts
+    valid: Bool[Array, "b c"]
+    probability: Float[Array, "b c"]  # of a boundary
+    boundary: Bool[Array, "b c"]  # before any was dropped for want of a slot
 
 
 @jax.tree_util.register_dataclass
@@ -17,6 +29,7 @@ class Output:
     logits: Float[Array, "b t v"]
     aux_loss: Float[Array, ""] | float = 0.0  # added to the mean cross-entropy, already weighted
     metrics: dict[str, Any] = field(default_factory=dict)  # scalars for the log
+    levels: tuple[Level, ...] = ()  # chunking levels, outermost first
 
 
 class Network(Protocol):
@@ -24,7 +37,14 @@ class Network(Protocol):
 
     ids: ByteIds
 
-    def __call__(self, inputs: Int[Array, "b t"], segments: Int[Array, "b t"] | None = None) -> Output: ...
+    def __call__(
+        self,
+        inputs: Int[Array, "b t"],
+        segments: Int[Array, "b t"] | None = None,
+        capacity: tuple[int, ...] | None = None,
+    ) -> Output:
+        """`capacity` is the number of chunk slots at each level; None: as many as can be needed."""
+        ...
 
     def prefill(
         self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int

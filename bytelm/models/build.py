@@ -6,31 +6,33 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from bytelm.config import FlatConfig
+from bytelm.config import FlatConfig, ModelConfig
+from bytelm.models.hnet import HNet
 from bytelm.models.transformer import FlatModel
-from bytelm.vocab import FLAT_IDS, ByteIds
+from bytelm.vocab import FLAT_IDS, HNET_IDS, ByteIds
 
 Params = dict[str, Any]  # nested dict of arrays
 
 
-def build(config: FlatConfig, key: Array) -> FlatModel:
+def build(config: ModelConfig, key: Array) -> FlatModel | HNet:
     """The network of a config with fresh weights. `key` is a typed PRNG key."""
-    return FlatModel(config, rngs=nnx.Rngs(params=key))
+    rngs = nnx.Rngs(params=key)
+    return FlatModel(config, rngs=rngs) if isinstance(config, FlatConfig) else HNet(config, rngs=rngs)
 
 
-def byte_ids(config: FlatConfig) -> ByteIds:
+def byte_ids(config: ModelConfig) -> ByteIds:
     """How the family of this config numbers bytes."""
-    return FLAT_IDS
+    return FLAT_IDS if isinstance(config, FlatConfig) else HNET_IDS
 
 
-def structure(config: FlatConfig) -> tuple[nnx.GraphDef, Params]:
+def structure(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
     """The network without weights: its graph, and the shapes of its parameters as a nested dict. Allocates nothing."""
     model = jax.eval_shape(lambda key: build(config, key), jax.random.key(0))
     graph, state = nnx.split(model, nnx.Param)
     return graph, nnx.to_pure_dict(state)
 
 
-def init_params(config: FlatConfig, key: Array) -> Params:
+def init_params(config: ModelConfig, key: Array) -> Params:
     """Fresh parameters as a nested dict of float32 arrays."""
     return nnx.to_pure_dict(nnx.split(build(config, key), nnx.Param)[1])
 

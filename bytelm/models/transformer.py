@@ -34,8 +34,14 @@ class FlatModel(nnx.Module):
         logits = self.embed.attend(y) if self.config.tie_embeddings else self.head(y)
         return logits[..., :NUM_SYMBOLS]
 
-    def __call__(self, inputs: Int[Array, "b t"], segments: Int[Array, "b t"] | None = None) -> Output:
-        """Logits of the next symbol after each input. Where `segments` changes, nothing flows across.
+    def __call__(
+        self,
+        inputs: Int[Array, "b t"],
+        segments: Int[Array, "b t"] | None = None,
+        capacity: tuple[int, ...] | None = None,
+    ) -> Output:
+        """Logits of the next symbol after each input. Where `segments` changes, nothing flows across. A flat model has
+        no chunks: `capacity` is not read.
 
         Rotary positions run on over the whole row: attention sees only differences of positions within a segment.
         """

@@ -170,13 +170,19 @@ class Attention(nnx.Module):
         return self._attend(q, k, v, None), cache
 
     def step(
-        self, x: Float[Array, "b d"], cache: AttentionCache, lengths: Int[Array, " b"]
+        self,
+        x: Float[Array, "b d"],
+        cache: AttentionCache,
+        lengths: Int[Array, " b"],
+        active: Bool[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b d"], AttentionCache]:
-        """One position per row: row i's new position is lengths[i], and the cache holds those before it."""
+        """One position per row: row i's new position is lengths[i], and the cache holds those before it. Rows that are
+        not `active` keep their cache."""
         q, k, v = self._project(x[:, None], lengths[:, None])
         rows, slots = jnp.arange(x.shape[0]), cache.k.shape[1]
+        slot = lengths % slots if active is None else jnp.where(active, lengths % slots, slots)
         cache = AttentionCache(
-            cache.k.at[rows, lengths % slots].set(k[:, 0]), cache.v.at[rows, lengths % slots].set(v[:, 0])
+            cache.k.at[rows, slot].set(k[:, 0], mode="drop"), cache.v.at[rows, slot].set(v[:, 0], mode="drop")
         )
         y = attend(q, cache.k, cache.v, (newest_position(lengths, slots) >= 0)[:, None])
         return self.out(y)[:, 0], cache

@@ -20,20 +20,23 @@ class Linear(nnx.Module):
     """y[..., out] = sum over x[..., in] kernel[in, out]; both sides may span several axes, no bias."""
 
     def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, std: float, dtype: str, rngs: nnx.Rngs,
-                 widen: bool = False):  # fmt: skip
-        """`std` 0 means 1 / sqrt(product of `inputs`); `widen` gives results in float32 or wider."""
+                 widen: bool = False, precision: jax.lax.Precision | None = None):  # fmt: skip
+        """`std` 0 means 1 / sqrt(product of `inputs`); `widen` gives results in float32 or wider; `precision` is the
+        matmul precision (default: jax's)."""
         scale = std or 1 / math.sqrt(math.prod(inputs))
         self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (*inputs, *outputs), jnp.float32))
         self.input_axes = len(inputs)
         self.dtype = dtype
         self.output_dtype = wide(dtype) if widen else jnp.dtype(dtype)
+        self.precision = precision
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         n = self.input_axes
         dims = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         kernel = self.kernel[...].astype(self.dtype)
         return jax.lax.dot_general(
-            x.astype(self.dtype), kernel, (dims, ((), ())), preferred_element_type=self.output_dtype
+            x.astype(self.dtype), kernel, (dims, ((), ())), precision=self.precision,
+            preferred_element_type=self.output_dtype,
         )
 
 

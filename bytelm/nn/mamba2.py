@@ -103,15 +103,23 @@ class Mamba2(nnx.Module):
         return y, Mamba2Cache(_last_inputs(raw_x, lengths, keep), _last_inputs(raw_bc, lengths, keep), state)
 
     def step(
-        self, u: Float[Array, "b d"], cache: Mamba2Cache, lengths: Int[Array, " b"]
+        self,
+        u: Float[Array, "b d"],
+        cache: Mamba2Cache,
+        lengths: Int[Array, " b"],
+        active: Bool[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b d"], Mamba2Cache]:
-        """One position per row."""
+        """One position per row; rows that are not `active` keep their cache."""
         x, conv_x = self.conv_x.step(cache.conv_x, self.x(u))
         bc, conv_bc = self.conv_bc.step(cache.conv_bc, self.bc(u))
         x, bc = jax.nn.silu(x), jax.nn.silu(bc)
         dt, A = self._rates(u)
         state, y = ssd_step(cache.state, x, dt, A, bc[:, 0], bc[:, 1])
-        return self._finish(y, x, self.z(u)), Mamba2Cache(conv_x, conv_bc, state)
+        new = Mamba2Cache(conv_x, conv_bc, state)
+        if active is not None:
+            choose = lambda a, b: jnp.where(active.reshape(-1, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
+            new = jax.tree.map(choose, new, cache)
+        return self._finish(y, x, self.z(u)), new
 
     def empty_cache(self, b: int, max_length: int) -> Mamba2Cache:
         keep, heads, p = self.ssm.conv_width - 1, self.D.shape[-1], self.ssm.head_dim

@@ -7,7 +7,11 @@ State-space duality (Dao & Gu 2024, "Transformers are SSMs", section 6): with a_
 per head, S of shape [p, n], B and C shared by all heads. Written three ways: token by token (`ssd_sequential`, the
 oracle), in chunks (`ssd`), and one step (`ssd_step`). Sums of log decays are taken inside a chunk only, because float32
 loses digits over long rows; masks are applied before the exponential, because 0 * inf would poison the gradient.
+
+`linear_scan` is the recurrence with one decay per position, which H-Net's smoothing needs.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -148,3 +152,72 @@ def _chunk_terms(x, dt, B, C, segments, A, before):
 def _read(state, C, gain):
     """Output of the carried state [b, h, p, n] at the positions of a chunk."""
     return jnp.einsum("bqn,bhpn->bqhp", C.astype(state.dtype), state) * gain[..., None]
+
+
+def linear_scan(
+    decay: Float[Array, "b t"], x: Float[Array, "b t d"], *, form: str = "auto", block: int = 64
+) -> Float[Array, "b t d"]:
+    """h_t = decay_t h_{t-1} + x_t from h_{-1} = 0, one decay >= 0 for all features; a decay of 0 begins anew.
+
+    The backward pass is the same recurrence reversed: nothing but h is kept, and the gradient of the decay does not go
+    through sums of logarithms (which lose two or three digits). `scan` goes step by step (fastest on CPU), `blocked`
+    does `block` steps as one product and scans over blocks. Computes in float32 or wider.
+    """
+    if form == "auto":
+        form = "scan" if jax.default_backend() == "cpu" else "blocked"
+    kind = wide(x.dtype)
+    return _linear_scan(form, block, decay.astype(kind), x.astype(kind))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _linear_scan(form, block, decay, x):
+    return _scan_steps(decay, x) if form == "scan" else _scan_blocks(decay, x, block)
+
+
+def _linear_scan_forward(form, block, decay, x):
+    h = _linear_scan(form, block, decay, x)
+    return h, (decay, h)
+
+
+def _linear_scan_backward(form, block, saved, g):
+    decay, h = saved
+    next_decay = jnp.pad(decay[:, 1:], ((0, 0), (0, 1)))
+    back = _linear_scan(form, block, next_decay[:, ::-1], g[:, ::-1])[:, ::-1]
+    before = jnp.pad(h[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    return jnp.sum(back * before, axis=-1), back
+
+
+_linear_scan.defvjp(_linear_scan_forward, _linear_scan_backward)
+
+
+def _scan_steps(decay, x):
+    def step(h, now):
+        h = now[0][:, None] * h + now[1]
+        return h, h
+
+    _, out = jax.lax.scan(step, jnp.zeros_like(x[:, 0]), (decay.T, jnp.swapaxes(x, 0, 1)))
+    return jnp.swapaxes(out, 0, 1)
+
+
+def _scan_blocks(decay, x, block):
+    b, t, d = x.shape
+    block = min(block, t)
+    pad = -t % block
+    decay = jnp.pad(decay, ((0, 0), (0, pad))).reshape(b, -1, block)
+    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0))).reshape(b, -1, block, d)
+    cut = decay == 0  # kept apart from the logarithms: a zero decay starts a new stretch
+    log = jnp.cumsum(jnp.log(jnp.where(cut, 1, decay)), axis=-1)
+    stretch = jnp.cumsum(cut, axis=-1)
+    visible = jnp.tril(jnp.ones((block, block), bool)) & (stretch[..., :, None] == stretch[..., None, :])
+    weights = jnp.exp(jnp.where(visible, log[..., :, None] - log[..., None, :], -jnp.inf))
+    local = jnp.einsum("bnij,bnjd->bnid", weights, x, precision=jax.lax.Precision.HIGHEST)
+    gain = jnp.where(stretch == 0, jnp.exp(log), 0)[..., None]  # decay since the block began
+
+    def step(h, now):
+        last, gain = now
+        return last + gain * h, h
+
+    ends = (jnp.moveaxis(local[:, :, -1], 1, 0), jnp.moveaxis(gain[:, :, -1], 1, 0))
+    _, carried = jax.lax.scan(step, jnp.zeros_like(x[:, 0, 0]), ends)
+    out = local + gain * jnp.moveaxis(carried, 0, 1)[:, :, None]
+    return out.reshape(b, t + pad, d)[:, :t]

@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.config import StackConfig, parse_layout
 from bytelm.nn.attention import Attention
@@ -49,8 +49,8 @@ class Block(nnx.Module):
         y, cache = self.mixer.prefill(self.mixer_norm(r), lengths, max_length)
         return self._feed_forward(r + y.astype(r.dtype)), cache
 
-    def step(self, r, cache, lengths):
-        y, cache = self.mixer.step(self.mixer_norm(r), cache, lengths)
+    def step(self, r, cache, lengths, active):
+        y, cache = self.mixer.step(self.mixer_norm(r), cache, lengths, active)
         return self._feed_forward(r + y.astype(r.dtype)), cache
 
 
@@ -117,14 +117,17 @@ class Stack(nnx.Module):
             r, caches[name] = self._over_layers(lambda r, block: block.prefill(r, lengths, max_length), r, run)
         return self.norm(r), StackCache(lengths, caches)
 
-    def step(self, x: Float[Array, "b d"], cache: StackCache) -> tuple[Float[Array, "b d"], StackCache]:
-        """One position per row. The caller keeps lengths below the cache's room."""
+    def step(
+        self, x: Float[Array, "b d"], cache: StackCache, active: Bool[Array, " b"] | None = None
+    ) -> tuple[Float[Array, "b d"], StackCache]:
+        """One position per row. The caller keeps lengths below the cache's room. Rows that are not `active` keep their
+        cache, and their output is of no use."""
         r, caches = x.astype(wide(x.dtype)), {}
         for name, run in self._runs():
             r, caches[name] = self._over_layers(
-                lambda r, layer: layer[0].step(r, layer[1], cache.lengths), r, (run, cache.runs[name])
+                lambda r, layer: layer[0].step(r, layer[1], cache.lengths, active), r, (run, cache.runs[name])
             )
-        return self.norm(r), StackCache(cache.lengths + 1, caches)
+        return self.norm(r), StackCache(cache.lengths + (1 if active is None else active), caches)
 
     def empty_cache(self, b: int, max_length: int) -> StackCache:
         """The cache of rows that have seen nothing yet."""

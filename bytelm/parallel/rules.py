@@ -18,7 +18,12 @@ from bytelm.parallel.mesh import to_spec
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/table", (None, "embed")),
     (r"head/kernel", ("embed", None)),
-    (r"stack/norm/scale", (None,)),
+    (r"(stack|encoder|decoder|main)/norm/scale", (None,)),
+    (r"router/[qk]/kernel", ("embed", None)),
+    (r"residual/kernel", ("embed", None)),
+    (r"residual/bias", (None,)),
+    (r"(backbone|inner)/pad", (None,)),
+    (r"chunks/(need|capacity)", (None,)),  # of the train state, not parameters
     (r"run\d+/(mixer|mlp)_norm/scale", ("layers", None)),
     (r"run\d+/attention/q/kernel", ("layers", "embed", "heads", None)),
     (r"run\d+/attention/[kv]/kernel", ("layers", "embed", "kv_heads", None)),

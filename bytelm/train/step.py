@@ -22,13 +22,15 @@ DeviceBatch = dict[str, Int[Array, "b t"]]
 
 def cast_matrices(params: Params, dtype: str) -> Params:
     """Projection matrices in the compute type, once per step. The embedding table, convolutions, norms, biases and
-    rates stay float32: their gradients are sums over all positions, which bfloat16 cannot hold."""
+    rates stay float32: their gradients are sums over all positions, which bfloat16 cannot hold. So do H-Net's routers
+    and residual projections, which compute in float32."""
     if dtype == "float32":
         return params
 
     def cast(path, p):
         name = path_string(path)
-        return p.astype(dtype) if name.endswith("kernel") and "conv" not in name else p
+        narrow = name.endswith("kernel") and not any(part in name for part in ("conv", "router", "residual"))
+        return p.astype(dtype) if narrow else p
 
     return jax.tree.map_with_path(cast, params)
 

@@ -1,0 +1,258 @@
+"""Configs of the networks, as frozen keyword-only dataclasses; `bytelm.config` has them all."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+DType = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "full"]
+
+
+class ConfigError(ValueError):
+    """A config that cannot work; the message names field, value and fix, and is shown without a traceback."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
+    """Splits a stack layout such as `m2T1m2` into runs: (("m", 2), ("T", 1), ("m", 2)).
+
+    m = Mamba-2 mixer, t = attention mixer; a capital letter adds a SwiGLU MLP to the block (H-Net's notation).
+    """
+    require(
+        re.fullmatch(r"([mMtT]\d+)+", layout) is not None,
+        f"stack.layout={layout!r}: expected runs of a letter (m, M: Mamba-2; t, T: attention; capital: with an MLP) "
+        "and a count, such as 'T6' or 'm2T1m2'",
+    )
+    runs = tuple((kind, int(count)) for kind, count in re.findall(r"([mMtT])(\d+)", layout))
+    require(all(count > 0 for _, count in runs), f"stack.layout={layout!r}: each run needs at least one block")
+    return runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSMConfig:
+    """Shape of the Mamba-2 blocks of a stack."""
+
+    d_state: int = 128  # size of the state kept for each channel (N)
+    expand: int = 2  # inner width as a multiple of d_model
+    head_dim: int = 64  # channels that share one decay
+    conv_width: int = 4  # taps of the causal convolution in front of the recurrence
+    chunk: int = 128  # steps per chunk of the parallel form; changes the speed, not the result
+    form: Literal["auto", "scan", "batched"] = "auto"  # auto: scan on CPU, batched elsewhere
+
+    def __post_init__(self):
+        for name in ("d_state", "expand", "head_dim", "conv_width", "chunk"):
+            require(getattr(self, name) >= 1, f"ssm.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """A stack of pre-norm residual blocks: attention or Mamba-2, each with or without an MLP."""
+
+    layout: str = "T6"  # runs of blocks: m/M Mamba-2, t/T attention, capital = with MLP; e.g. T6, M12, m4T1m4
+    d_model: int = 256  # width of the residual stream
+    num_heads: int = 4  # query heads
+    num_kv_heads: int = 0  # key and value heads; 0 = num_heads
+    head_dim: int = 0  # features per head; 0 = d_model / num_heads
+    d_mlp: int = 0  # width of the SwiGLU MLP; 0 = 8/3 d_model rounded up to a multiple of 128
+    window: int = 0  # keys that a query sees, itself included; 0 = all
+    rope_dim: int = 0  # rotated features per head; 0 = head_dim
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    norm_eps: float = 1.0e-5  # epsilon of every RMSNorm
+    ssm: SSMConfig = field(default_factory=SSMConfig)  # shape of the Mamba-2 blocks
+    attention: Literal["auto", "xla", "cudnn"] = "auto"  # kernel of full attention; auto: cudnn on GPU where it can
+    scan_layers: bool = True  # run a run of equal blocks as one scan (fast compile, small memory) or unrolled
+    remat: Remat = "none"  # what the backward pass recomputes: none, all but the matmuls, or everything
+
+    def __post_init__(self):
+        runs = parse_layout(self.layout)
+        for name in ("d_model", "num_heads"):
+            require(getattr(self, name) >= 1, f"stack.{name}={getattr(self, name)}: must be at least 1")
+        for name in ("num_kv_heads", "head_dim", "d_mlp", "window", "rope_dim"):
+            require(getattr(self, name) >= 0, f"stack.{name}={getattr(self, name)}: must not be negative")
+        if any(kind in "tT" for kind, _ in runs):
+            require(
+                self.head_dim > 0 or self.d_model % self.num_heads == 0,
+                f"stack.num_heads={self.num_heads} does not divide stack.d_model={self.d_model}: "
+                "change one of them or set stack.head_dim",
+            )
+            require(
+                self.num_heads % self.kv_heads == 0,
+                f"stack.num_kv_heads={self.num_kv_heads} does not divide stack.num_heads={self.num_heads}",
+            )
+            require(
+                self.rotary % 2 == 0 and self.rotary <= self.head_width,
+                f"stack.rope_dim={self.rotary}: must be even and at most the head dimension {self.head_width}",
+            )
+        if any(kind in "mM" for kind, _ in runs):
+            inner = self.ssm.expand * self.d_model
+            require(
+                inner % self.ssm.head_dim == 0,
+                f"stack.ssm.head_dim={self.ssm.head_dim} does not divide expand * d_model = {inner}",
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def rotary(self) -> int:
+        return self.rope_dim or self.head_width
+
+    @property
+    def mlp_width(self) -> int:
+        return self.d_mlp or -(-8 * self.d_model // (3 * 128)) * 128
+
+    @property
+    def ssm_heads(self) -> int:
+        return self.ssm.expand * self.d_model // self.ssm.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatConfig:
+    """A flat byte model: embedding, one stack, head. MambaByte and hybrids are layouts."""
+
+    family: Literal["flat"] = "flat"  # which model family this is
+    stack: StackConfig = field(default_factory=StackConfig)  # the blocks
+    tie_embeddings: bool = True  # use the embedding table as the output matrix
+    dtype: DType = "float32"  # compute type; parameters are float32 always
+    init_std: float = 0.02  # standard deviation of the initial weights (0: 1 / sqrt(fan in))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityConfig:
+    """How many chunk slots training reserves at each level of an H-Net, and when that number changes."""
+
+    start: tuple[float, ...] = (0.6, 1.0)  # first share of slots: level 0 of the row, deeper levels of the level above
+    margin: float = 1.2  # slots per boundary of the measured 99th-percentile row, when the number is chosen anew
+    every: int = 100  # steps between choices; 0 = keep the start
+    multiple: int = 128  # slots are a multiple of this
+
+    def __post_init__(self):
+        require(
+            len(self.start) > 0 and all(0 < share <= 1 for share in self.start),
+            f"capacity.start={self.start}: give shares in (0, 1], one per level or one for all",
+        )
+        require(self.margin >= 1, f"capacity.margin={self.margin}: must be at least 1")
+        require(self.every >= 0, f"capacity.every={self.every}: must not be negative")
+        require(self.multiple >= 1, f"capacity.multiple={self.multiple}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchLayout:
+    """The nested layout of an H-Net, taken apart: stacks of each chunking stage, outermost first, and the innermost."""
+
+    stages: tuple[tuple[str, str], ...]  # (encoder, decoder) of stages 0 .. S-1
+    main: str
+
+
+def parse_arch_layout(layout: str) -> ArchLayout:
+    """Reads the reference's nested notation written as text: `m4,[T1m4,[T26],m4T1],m4`."""
+    stages, inner = [], layout.replace(" ", "")
+    while "[" in inner:
+        found = re.fullmatch(r"([^,\[\]]+),\[(.*)\],([^,\[\]]+)", inner)
+        if found is None:
+            raise ConfigError(
+                f"model.arch_layout={layout!r}: expected encoder,[inner],decoder with runs of blocks, such as "
+                "'m4,[T22],m4' or 'm4,[T1m4,[T26],m4T1],m4'"
+            )
+        stages.append((found[1], found[3]))
+        inner = found[2]
+    for run in (*(run for pair in stages for run in pair), inner):
+        try:
+            parse_layout(run)
+        except ConfigError as e:
+            raise ConfigError(f"model.arch_layout={layout!r}: {e}") from None
+    return ArchLayout(stages=tuple(stages), main=inner)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HNetConfig:
+    """H-Net (Hwang, Wang & Gu 2025): bytes are cut into chunks by a learned router, level above level.
+
+    Lists have one entry per stage, stage 0 (bytes) first and the innermost last; a list of one holds for all stages.
+    """
+
+    family: Literal["hnet"] = "hnet"  # which model family this is
+    arch_layout: str = "m2,[T4],m2"  # encoder,[inner],decoder, nested; runs of blocks as in a stack's layout
+    d_model: tuple[int, ...] = (256, 512)  # width of each stage; never narrower further in
+    num_heads: tuple[int, ...] = (4,)  # attention heads
+    d_mlp: tuple[int, ...] = (0,)  # MLP width of capital blocks; 0 = 8/3 d_model rounded up to a multiple of 128
+    window: tuple[int, ...] = (0,)  # elements of that stage that a query sees, itself included; 0 = all
+    rope_dim: tuple[int, ...] = (0,)  # rotated features per head; 0 = all
+    ssm: SSMConfig = field(default_factory=SSMConfig)  # shape of the Mamba-2 blocks of every stage
+    targets: tuple[float, ...] = (6.0,)  # N: elements per chunk that the ratio loss asks for, one per level
+    ratio_weight: float = 0.03  # alpha: weight of the ratio losses
+    lr_multipliers: tuple[float, ...] = ()  # learning-rate factor of each stage; empty = the paper's equation 11
+    bytes_per_token: float = 4.6  # N_GPT of that equation: bytes per token of the tokenizer it is matched to
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)  # chunk slots in training
+    tie_embeddings: bool = False  # use the embedding table as the output matrix
+    dtype: DType = "float32"  # compute type; parameters are float32 always
+    init_std: float = 0.02  # standard deviation of the initial projections (0: 1 / sqrt(fan in))
+    norm_eps: float = 1.0e-5  # epsilon of every RMSNorm
+    attention: Literal["auto", "xla", "cudnn"] = "auto"  # kernel of full attention
+    scan_layers: bool = True  # run a run of equal blocks as one scan or unrolled
+    remat: Remat = "none"  # what the backward pass recomputes: none, all but the matmuls, or everything
+
+    def __post_init__(self):
+        levels = self.levels
+        require(
+            len(self.d_model) == levels + 1,
+            f"model.d_model={self.d_model}: {levels + 1} stages in model.arch_layout={self.arch_layout!r}, give each a "
+            "width",
+        )
+        require(
+            all(a <= b for a, b in zip(self.d_model, self.d_model[1:])),
+            f"model.d_model={self.d_model}: a stage must not be narrower than the one around it",
+        )
+        for name in ("num_heads", "d_mlp", "window", "rope_dim"):
+            require(
+                len(getattr(self, name)) in (1, levels + 1),
+                f"model.{name}={getattr(self, name)}: give one value, or one for each of the {levels + 1} stages",
+            )
+        require(
+            len(self.targets) == levels and all(n > 1 for n in self.targets),
+            f"model.targets={self.targets}: give a number above 1 for each of the {levels} chunking levels",
+        )
+        require(
+            len(self.lr_multipliers) in (0, levels + 1) and all(m > 0 for m in self.lr_multipliers),
+            f"model.lr_multipliers={self.lr_multipliers}: give a factor above 0 for each of the {levels + 1} stages, "
+            "or none for the paper's",
+        )
+        require(self.ratio_weight >= 0, f"model.ratio_weight={self.ratio_weight}: must not be negative")
+        require(self.bytes_per_token > 0, f"model.bytes_per_token={self.bytes_per_token}: must be above 0")
+        for stage in range(levels + 1):
+            try:
+                for part in ("encoder", "decoder") if stage < levels else ("main",):
+                    self.stack(stage, part)
+            except ConfigError as e:
+                raise ConfigError(f"model, stage {stage}: {e}") from None
+
+    @property
+    def levels(self) -> int:
+        """Number of chunking levels S; stages 0 .. S - 1 chunk, stage S is the innermost."""
+        return len(parse_arch_layout(self.arch_layout).stages)
+
+    def stack(self, stage: int, part: str) -> StackConfig:
+        """Config of the `encoder` or `decoder` of a chunking stage, or of the innermost stage's `main` stack."""
+        arch = parse_arch_layout(self.arch_layout)
+        layout = arch.main if part == "main" else arch.stages[stage][("encoder", "decoder").index(part)]
+
+        def at(values: tuple[int, ...]) -> int:
+            return values[stage] if len(values) > 1 else values[0]
+
+        return StackConfig(
+            layout=layout, d_model=self.d_model[stage], num_heads=at(self.num_heads), d_mlp=at(self.d_mlp),
+            window=at(self.window), rope_dim=at(self.rope_dim), norm_eps=self.norm_eps, ssm=self.ssm,
+            attention=self.attention, scan_layers=self.scan_layers, remat=self.remat,
+        )  # fmt: skip
+
+
+ModelConfig = FlatConfig | HNetConfig

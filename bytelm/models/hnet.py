@@ -1,0 +1,302 @@
+"""H-Net (Hwang, Wang & Gu 2025): a byte model that learns where to cut, at any number of levels.
+
+    x -> encoder -> router -> chunks -> inner network -> smoothed, put back, + residual -> decoder
+
+The inner network is a stage of the same kind or, innermost, one stack. Each stage s has the width d_model[s]: vectors
+that come in narrower are filled up with a learned vector and cut back on the way out. Chunks lie in a fixed number of
+slots per row (`nn/compaction.py`): without a `capacity`, as many as there are positions, which is exact.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from bytelm.config import HNetConfig
+from bytelm.models.base import Level, Output
+from bytelm.models.chunking import (
+    Routing,
+    boundary_means,
+    boundary_probability,
+    ratio_loss,
+    route,
+    segment_starts,
+    smooth,
+    smooth_step,
+    straight_through,
+)
+from bytelm.models.chunk_metrics import level_metrics
+from bytelm.nn.cache import StackCache
+from bytelm.nn.compaction import compact, expand, newest_slot, slot_positions
+from bytelm.nn.layers import Embedding, Linear, wide
+from bytelm.nn.stack import Stack, residual_additions
+from bytelm.vocab import HNET_IDS
+
+VOCABULARY = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Row:
+    """Which elements of a stage's sequence are real, of which document they are, and where in the row they start."""
+
+    position: Int[Array, "b t"]
+    valid: Bool[Array, "b t"]
+    segments: Int[Array, "b t"] | None  # None: one document per row
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class StageCache:
+    """What a chunking stage keeps between its steps."""
+
+    encoder: StackCache
+    decoder: StackCache
+    last: Float[Array, "b d"]  # encoder output of the step before
+    value: Float[Array, "b e"]  # smoothed output of the inner network at the newest chunk
+    inner: Any  # StageCache, or StackCache of the innermost stage
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Pending:
+    """A step between encoder and decoder: what the inner network may still have to be asked for."""
+
+    encoded: Float[Array, "b d"]
+    residual: Float[Array, "b d"]
+    probability: Float[Array, " b"]
+    boundary: Bool[Array, " b"]
+
+
+class Widening(nnx.Module):
+    """Fills vectors up to a stage's width with a learned vector, and cuts them back."""
+
+    def _init_width(self, outer: int, d: int) -> None:
+        self.outer = outer
+        if d > outer:
+            self.pad = nnx.Param(jnp.zeros((d - outer,), jnp.float32))
+
+    def _widen(self, x):
+        if not hasattr(self, "pad"):
+            return x
+        pad = jnp.broadcast_to(self.pad[...].astype(x.dtype), (*x.shape[:-1], self.pad.shape[0]))
+        return jnp.concatenate([x, pad], axis=-1)
+
+
+class Innermost(Widening):
+    """The stage that does not chunk: one stack."""
+
+    def __init__(self, config: HNetConfig, stage: int, outer: int, *, out_scale: float, rngs: nnx.Rngs):
+        self._init_width(outer, config.d_model[stage])
+        self.main = Stack(
+            config.stack(stage, "main"), std=config.init_std, dtype=config.dtype, rngs=rngs, out_scale=out_scale
+        )
+
+    def __call__(self, x, row: Row, capacity):
+        """(output of the incoming width, no levels)."""
+        return self.main(self._widen(x), segments=row.segments)[..., : self.outer], ()
+
+    def prefill(self, x, lengths, max_length):
+        y, cache = self.main.prefill(self._widen(x), lengths, max_length)
+        return y[..., : self.outer], cache
+
+    def step(self, x, cache, active):
+        y, cache = self.main.step(self._widen(x), cache, active)
+        return y[..., : self.outer], cache
+
+    def empty_cache(self, b: int, max_length: int) -> StackCache:
+        return self.main.empty_cache(b, max_length)
+
+
+class Router(nnx.Module):
+    """Query and key projections of the boundary decision; identity at first, float32 at the highest precision."""
+
+    def __init__(self, d: int, *, rngs: nnx.Rngs):
+        exact = dict(std=1.0, dtype="float32", precision=jax.lax.Precision.HIGHEST, rngs=rngs)
+        self.q, self.k = Linear((d,), (d,), **exact), Linear((d,), (d,), **exact)
+        self.q.kernel[...] = self.k.kernel[...] = jnp.eye(d, dtype=jnp.float32)
+
+
+class Residual(nnx.Module):
+    """The path around the inner network: a float32 projection with a bias; 0 at first, but for the bias, which keeps
+    PyTorch's default draw as in the released code."""
+
+    def __init__(self, d: int, *, rngs: nnx.Rngs):
+        bound = 1 / math.sqrt(d)
+        self.kernel = nnx.Param(jnp.zeros((d, d), jnp.float32))
+        self.bias = nnx.Param(jax.random.uniform(rngs.params(), (d,), jnp.float32, -bound, bound))
+
+    def __call__(self, e: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return e.astype(jnp.float32) @ self.kernel[...] + self.bias[...]
+
+
+class Stage(Widening):
+    """A chunking stage and, inside it, all deeper ones."""
+
+    def __init__(self, config: HNetConfig, stage: int, outer: int, *, additions: int, rngs: nnx.Rngs):
+        """`outer` is the width of the stage around it, `additions` the residual additions in the stacks around it."""
+        d = config.d_model[stage]
+        self._init_width(outer, d)
+        encoder, decoder = config.stack(stage, "encoder"), config.stack(stage, "decoder")
+        additions += residual_additions(encoder.layout) + residual_additions(decoder.layout)
+        options = dict(std=config.init_std, dtype=config.dtype, out_scale=1 / math.sqrt(additions), rngs=rngs)
+        self.encoder, self.decoder = Stack(encoder, **options), Stack(decoder, **options)
+        self.router = Router(d, rngs=rngs)
+        self.residual = Residual(d, rngs=rngs)
+        self.inner = _make_stage(config, stage + 1, d, additions, rngs)
+        self.dtype = config.dtype
+
+    def _route(self, e, row: Row) -> Routing:
+        starts = segment_starts(row.segments, *e.shape[:2])
+        return route(self.router.q(e), self.router.k(e), starts, row.valid)
+
+    def _chunks(self, e, routing: Routing, row: Row, slots: int):
+        """(vectors, probabilities, row) of the chunks, in `slots` slots."""
+        at = slot_positions(routing.boundary, slots)
+        segments = None if row.segments is None else compact(row.segments, at)
+        inner = Row(compact(row.position, at), at < e.shape[1], segments)
+        return compact(e, at), compact(routing.probability, at), inner
+
+    def _join(self, smoothed, routing: Routing, residual):
+        """Chunks back onto positions, through the straight-through confidence, beside the residual."""
+        up = expand(smoothed, newest_slot(routing.boundary, smoothed.shape[1]))
+        return (up * straight_through(routing.confidence)[..., None] + residual).astype(self.dtype)
+
+    def __call__(self, x, row: Row, capacity: tuple[int, ...] | None):
+        """(output of the incoming width, this level and the deeper ones)."""
+        e = self.encoder(self._widen(x), segments=row.segments)
+        routing = self._route(e, row)
+        slots = e.shape[1] if capacity is None else capacity[0]
+        chunks, probability, inner_row = self._chunks(e, routing, row, slots)
+        z, levels = self.inner(chunks, inner_row, None if capacity is None else capacity[1:])
+        smoothed = smooth(z, probability, segment_starts(inner_row.segments, *probability.shape))
+        y = self.decoder(self._join(smoothed, routing, self.residual(e)), segments=row.segments)
+        level = Level(row.position, row.valid, routing.probability, routing.boundary)
+        return y[..., : self.outer], (level, *levels)
+
+    def prefill(self, x, lengths: Int[Array, " b"], max_length: int):
+        """Forward over right-padded rows, at full capacity, and the cache after `lengths` elements (at least 1)."""
+        b, t = x.shape[:2]
+        e, encoder = self.encoder.prefill(self._widen(x), lengths, max_length)
+        index = jnp.broadcast_to(jnp.arange(t), (b, t))
+        row = Row(index, index < lengths[:, None], None)
+        routing = self._route(e, row)
+        chunks, probability, _ = self._chunks(e, routing, row, t)
+        count = jnp.sum(routing.boundary, axis=1)
+        z, inner = self.inner.prefill(chunks, count, max_length)
+        smoothed = smooth(z, probability, segment_starts(None, b, t))
+        y, decoder = self.decoder.prefill(self._join(smoothed, routing, self.residual(e)), lengths, max_length)
+        cache = StageCache(encoder, decoder, _at(e, lengths - 1), _at(smoothed, count - 1), inner)
+        return y[..., : self.outer], cache
+
+    def front(self, x, cache: StageCache, active: Bool[Array, " b"]) -> tuple[Pending, StageCache]:
+        """The first half of a step, up to the router."""
+        first = cache.encoder.lengths == 0
+        e, encoder = self.encoder.step(self._widen(x), cache.encoder, active)
+        p = jnp.where(first, 1.0, boundary_probability(self.router.q(cache.last), self.router.k(e)))
+        pending = Pending(e, self.residual(e), p, (p > 0.5) & active)
+        last = jnp.where(active[:, None], e, cache.last)
+        return pending, StageCache(encoder, cache.decoder, last, cache.value, cache.inner)
+
+    def ask_inner(self, pending: Pending, cache: StageCache, rows: Bool[Array, " b"]) -> StageCache:
+        """Runs the inner network for `rows`, if there are any: only their state advances."""
+
+        def run(cache):
+            z, inner = self.inner.step(pending.encoded, cache.inner, rows)
+            value = jnp.where(rows[:, None], smooth_step(z, pending.probability, cache.value), cache.value)
+            return StageCache(cache.encoder, cache.decoder, cache.last, value, inner)
+
+        return jax.lax.cond(jnp.any(rows), run, lambda cache: cache, cache)
+
+    def back(self, pending: Pending, cache: StageCache, active: Bool[Array, " b"]):
+        """The second half of a step: the decoder."""
+        y, decoder = self.decoder.step((cache.value + pending.residual).astype(self.dtype), cache.decoder, active)
+        return y[..., : self.outer], StageCache(cache.encoder, decoder, cache.last, cache.value, cache.inner)
+
+    def step(self, x, cache: StageCache, active: Bool[Array, " b"]):
+        """One element per active row; rows may be at different places of their chunks."""
+        pending, cache = self.front(x, cache, active)
+        cache = self.ask_inner(pending, cache, pending.boundary)
+        return self.back(pending, cache, active)
+
+    def empty_cache(self, b: int, max_length: int) -> StageCache:
+        d = self.residual.bias.shape[0]
+        return StageCache(
+            self.encoder.empty_cache(b, max_length), self.decoder.empty_cache(b, max_length),
+            jnp.zeros((b, d), self.dtype), jnp.zeros((b, d), wide(jnp.dtype(self.dtype))),
+            self.inner.empty_cache(b, max_length),
+        )  # fmt: skip
+
+
+def _at(x: Float[Array, "b t d"], index: Int[Array, " b"]) -> Float[Array, "b d"]:
+    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+
+
+def _make_stage(config: HNetConfig, stage: int, outer: int, additions: int, rngs: nnx.Rngs) -> Stage | Innermost:
+    if stage < config.levels:
+        return Stage(config, stage, outer, additions=additions, rngs=rngs)
+    additions += residual_additions(config.stack(stage, "main").layout)
+    return Innermost(config, stage, outer, out_scale=1 / math.sqrt(additions), rngs=rngs)
+
+
+class HNet(nnx.Module):
+    """Embedding, stages, head. Ids are bytes; 254 stands in front of a document, 255 ends it."""
+
+    ids = HNET_IDS
+
+    def __init__(self, config: HNetConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        d = config.d_model[0]
+        self.embed = Embedding(VOCABULARY, d, std=1.0, dtype=config.dtype, rngs=rngs)
+        self.backbone = _make_stage(config, 0, d, 0, rngs)
+        if not config.tie_embeddings:
+            self.head = Linear((d,), (VOCABULARY,), std=config.init_std, dtype=config.dtype, rngs=rngs, widen=True)
+
+    def _logits(self, y):
+        return self.embed.attend(y) if self.config.tie_embeddings else self.head(y)
+
+    def __call__(
+        self,
+        inputs: Int[Array, "b t"],
+        segments: Int[Array, "b t"] | None = None,
+        capacity: tuple[int, ...] | None = None,
+    ) -> Output:
+        """Logits of the next id after each input, the weighted ratio losses, and what each level decided.
+
+        Where `segments` changes nothing flows across; 0 is padding. `capacity` is the number of chunk slots at each
+        level, outermost first.
+        """
+        b, t = inputs.shape
+        position = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+        row = Row(position, jnp.ones((b, t), bool) if segments is None else segments > 0, segments)
+        y, levels = self.backbone(self.embed(inputs), row, capacity)
+        loss, metrics = jnp.zeros((), jnp.float32), {}
+        for i, (level, target) in enumerate(zip(levels, self.config.targets)):
+            fraction, probability = boundary_means(Routing(level.probability, level.boundary), level.valid)
+            ratio = ratio_loss(fraction, probability, target)
+            loss += ratio
+            slots = None if capacity is None else capacity[i]
+            found = level_metrics(level, inputs, row.valid, slots)
+            found |= {"fraction": fraction, "mean_probability": probability, "ratio_loss": ratio}
+            metrics |= {f"level{i}/{name}": value for name, value in found.items()}
+        return Output(self._logits(y), self.config.ratio_weight * loss, metrics, levels)
+
+    def prefill(
+        self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int
+    ) -> tuple[Float[Array, "b v"], Any]:
+        """Logits after each row's last input and the cache behind it; rows are right-padded, lengths at least 1."""
+        y, cache = self.backbone.prefill(self.embed(inputs), lengths, max_length)
+        return self._logits(_at(y, lengths - 1)), cache
+
+    def step(self, inputs: Int[Array, " b"], cache: Any) -> tuple[Float[Array, "b v"], Any]:
+        """Logits after one more input per row."""
+        y, cache = self.backbone.step(self.embed(inputs), cache, jnp.ones(inputs.shape, bool))
+        return self._logits(y), cache
+
+    def empty_cache(self, b: int, max_length: int) -> Any:
+        """The cache of rows that have seen nothing yet."""
+        return self.backbone.empty_cache(b, max_length)

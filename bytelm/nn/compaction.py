@@ -1,0 +1,37 @@
+"""Moving the kept positions of each row into a fixed number of slots, and reading slots back: static shapes, no weights.
+
+Slot m of a row holds its m-th kept position; empty slots stand at the end. Kept positions beyond the last slot are
+dropped by position, so that what a row keeps never depends on what comes later in it. Positions are scattered as
+integers and vectors gathered once (specs of TPUs and CPUs alike favour that over sorting, top-k or one-hot products).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Shaped
+
+
+def slot_positions(keep: Bool[Array, "b t"], capacity: int) -> Int[Array, "b c"]:
+    """Position of the kept element in each of `capacity` slots; t (past the row) in an empty slot."""
+    t = keep.shape[1]
+    slot = jnp.where(keep, jnp.cumsum(keep, axis=1) - 1, capacity)
+    empty = jnp.full(capacity, t, jnp.int32)
+    place = lambda row: empty.at[row].set(jnp.arange(t, dtype=jnp.int32), mode="drop")  # noqa: E731
+    return jax.vmap(place)(slot)
+
+
+def compact(x: Shaped[Array, "b t *d"], positions: Int[Array, "b c"]) -> Shaped[Array, "b c *d"]:
+    """The elements of `x` at `slot_positions`, zero in empty slots."""
+    index = positions.reshape(*positions.shape, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
+
+
+def newest_slot(keep: Bool[Array, "b t"], capacity: int) -> Int[Array, "b t"]:
+    """The slot of the last kept element at or before each position; the last slot where that one was dropped, and 0
+    where nothing was kept yet."""
+    return jnp.clip(jnp.cumsum(keep, axis=1) - 1, 0, capacity - 1)
+
+
+def expand(z: Shaped[Array, "b c *d"], slots: Int[Array, "b t"]) -> Shaped[Array, "b t *d"]:
+    """What stands in the given slots, at each position."""
+    index = slots.reshape(*slots.shape, *(1,) * (z.ndim - 2))
+    return jnp.take_along_axis(z, index, axis=1, mode="clip")
