@@ -44,6 +44,7 @@ class DataConfig:
     valid: tuple[str, ...] = ()  # held-out text; empty = split off train by valid_fraction
     valid_fraction: float = 0.05  # part of train held out where valid is empty
     text_field: str = "text"  # field of a jsonl record that holds the text
+    reserved: Literal["error", "replace"] = "error"  # bytes the model keeps for itself (H-Net: FE, FF): or U+FFFD
     seq_len: int = 1024  # bytes per row
     batch_size: int = 8  # rows per optimizer step, over all devices
     packing: Literal["concat", "best_fit"] = "concat"  # cut the stream at row ends, or keep short documents whole
@@ -100,7 +101,8 @@ class OptimConfig:
     b2: float = 0.95  # Adam's second moment decay
     eps: float = 1.0e-8  # Adam's epsilon
     weight_decay: float = 0.1  # decoupled weight decay
-    no_decay: tuple[str, ...] = (r"norm", r"bias$", r"A_log$", r"/D$", r"embed")  # paths (regex) without weight decay
+    decay: Literal["patterns", "hnet_reference"] = "patterns"  # what decays: all but no_decay; or as H-Net's code does
+    no_decay: tuple[str, ...] = (r"norm", r"bias$", r"A_log$", r"/D$", r"embed", r"pad$")  # paths (regex) without decay
     clip_norm: float = 1.0  # global gradient norm limit; 0 = none
     lr_multipliers: tuple[tuple[str, float], ...] = ()  # (path regex, factor): first match scales that parameter's rate
 

@@ -12,8 +12,11 @@ def document_piece(data: bytes, before: int | None, last: bool, ids: ByteIds) ->
     Position p of a document of n bytes predicts byte p from the bytes before it, and position n predicts the end
     symbol. `data` holds the bytes to predict, `before` the byte in front of them (None at the start of a document),
     `last` whether the document ends with them. Each byte is thus predicted exactly once, however a document is cut.
+    Bytes that the family reserves become U+FFFD or raise ReservedByteError, as `ids` says.
     """
-    body = np.frombuffer(data, np.uint8).astype(np.int32) + ids.offset
+    if before is not None:
+        before = ids.clean(bytes([before]), "the byte before")[-1]
+    body = np.frombuffer(ids.clean(data, "the text"), np.uint8).astype(np.int32) + ids.offset
     first = ids.start if before is None else before + ids.offset
     targets = np.append(body, np.int32(ids.end)) if last else body
     inputs = np.concatenate([[np.int32(first)], body])[: len(targets)]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bytelm.config import ConfigError, DataConfig
 from bytelm.data.functional import cut_pieces, document_piece
 from bytelm.data.sources import Corpus, DataError, open_corpus, split_validation
-from bytelm.vocab import ByteIds
+from bytelm.vocab import ByteIds, ReservedByteError
 
 Batch = dict[str, NDArray[np.int32]]  # inputs, targets, segments: each [b, t]; segment 0 is padding
 
@@ -41,7 +41,13 @@ class Pieces:
         data = self.corpus.read(document, max(start - 1, 0), start + self.piece)
         before = data[0] if start > 0 else None
         last = start + self.piece > int(self.corpus.lengths[document])
-        return {"pair": document_piece(data[1:] if start > 0 else data, before, last, self.ids)}
+        body = data[1:] if start > 0 else data
+        try:
+            return {"pair": document_piece(body, before, last, self.ids)}
+        except ReservedByteError as e:
+            path = self.corpus.paths[int(self.corpus.file[document])]
+            at = int(self.corpus.start[document]) + start
+            raise DataError(f"{path}: the stretch at offset {at}: {e} (data.reserved)") from None
 
 
 def load_text(config: DataConfig) -> tuple[list[Corpus], Corpus]:
@@ -172,6 +178,11 @@ class Batches:
         Raises ConfigError when the state was saved with another number of streams or the rows do not divide.
         """
         shards = config.streams
+        if ids.replace and config.packing == "best_fit":
+            raise ConfigError(
+                "data.reserved=replace makes documents longer, which data.packing=best_fit cannot have: use concat, or "
+                "clean the text first"
+            )
         if processes > 1 and (shards != config.batch_size or shards % processes):
             raise ConfigError(
                 f"data.shards={shards} with {processes} processes: each process must own whole rows and streams; "

@@ -53,7 +53,8 @@ def window_scorer(logprobs: LogProbs, ids: ByteIds, *, window: int, batch_size: 
 
     def score(documents: list[bytes]) -> list[float]:
         totals = [0.0] * len(documents)
-        rows = [(n, *row) for n, text in enumerate(documents) for row in document_windows(text, ids, window)]
+        cleaned = [ids.clean(text) for text in documents]
+        rows = [(n, *row) for n, text in enumerate(cleaned) for row in document_windows(text, ids, window)]
         for begin in range(0, len(rows), batch_size):
             inputs, targets = (np.zeros((batch_size, window), np.int32) for _ in range(2))
             group = rows[begin : begin + batch_size]

@@ -1,12 +1,13 @@
 """From a model config to a network, its parameters, and back."""
 
+import dataclasses
 from typing import Any
 
 import jax
 from flax import nnx
 from jaxtyping import Array
 
-from bytelm.config import FlatConfig, ModelConfig
+from bytelm.config import ConfigError, FlatConfig, ModelConfig
 from bytelm.models.hnet import HNet
 from bytelm.models.transformer import FlatModel
 from bytelm.vocab import FLAT_IDS, HNET_IDS, ByteIds
@@ -20,9 +21,13 @@ def build(config: ModelConfig, key: Array) -> FlatModel | HNet:
     return FlatModel(config, rngs=rngs) if isinstance(config, FlatConfig) else HNet(config, rngs=rngs)
 
 
-def byte_ids(config: ModelConfig) -> ByteIds:
-    """How the family of this config numbers bytes."""
-    return FLAT_IDS if isinstance(config, FlatConfig) else HNET_IDS
+def byte_ids(config: ModelConfig, reserved: str = "error") -> ByteIds:
+    """How the family of this config numbers bytes. Texts that hold bytes the family keeps for itself are refused
+    (`reserved` error) or get U+FFFD in their place (replace)."""
+    if reserved not in ("error", "replace"):
+        raise ConfigError(f"reserved={reserved!r}: choose error or replace")
+    ids = FLAT_IDS if isinstance(config, FlatConfig) else HNET_IDS
+    return dataclasses.replace(ids, replace=reserved == "replace")
 
 
 def structure(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:

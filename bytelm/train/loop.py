@@ -23,6 +23,7 @@ from bytelm.metrics import MetricsLog, git_commit, plot_losses, versions
 from bytelm.models.build import byte_ids, count_parameters
 from bytelm.models.flops import TRAIN_FACTOR, forward_flops
 from bytelm.parallel.mesh import check_rows, make_mesh
+from bytelm.train.capacity import Capacity, next_capacity
 from bytelm.train.init import load_initial_params
 from bytelm.train.progress import Progress, amount, clock
 from bytelm.train.signals import stop_on_signal
@@ -65,7 +66,7 @@ def train(config: Config) -> Result:
     mesh = make_mesh(config.mesh)
     check_rows(mesh, config.data.batch_size, config.train.grad_accum)
     check_rows(mesh, config.eval.batch_size or config.data.batch_size, name="eval.batch_size")
-    ids = byte_ids(config.model)
+    ids = byte_ids(config.model, config.data.reserved)
     sources, heldout_text = load_text(config.data)
     progress = Progress(config.train.steps)
 
@@ -125,6 +126,7 @@ def train(config: Config) -> Result:
                              versions=versions())  # fmt: skip
             checkpoints.save(step, state, batches.state(), meta, wait)
 
+        capacity = current_capacity(state)
         first_step, last_save, metrics = step, time.monotonic(), None
         while step < config.train.steps:
             profile(step, metrics)
@@ -135,11 +137,13 @@ def train(config: Config) -> Result:
                     _check(_numbers(metrics), step, checkpoints)
                     save(wait=True)
                 raise
-            state, metrics = train_step(state, place_batch(batch, mesh))
+            state, metrics = train_step(state, place_batch(batch, mesh), capacity)
             if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
                 # XLA's CPU collectives deadlock when several steps of many fake devices are in flight on few cores.
                 jax.block_until_ready(metrics)
             step += 1
+            if capacity and config.model.capacity.every and step % config.model.capacity.every == 0:
+                state, capacity = _choose_capacity(config, state, capacity, progress)
             seen += int(np.count_nonzero((batch["segments"] > 0) & (batch["targets"] != ids.end)))
             last = step == config.train.steps
             stopping = stop.requested  # looked at once per step: a signal may come at any line
@@ -179,6 +183,22 @@ def train(config: Config) -> Result:
     return Result(run_dir, step, result, best, seconds)
 
 
+def current_capacity(state: Any) -> Capacity:
+    """The chunk slots of each level that a state is to be trained with; () for a model without levels."""
+    return tuple(int(slots) for slots in np.asarray(state["chunks"]["capacity"])) if "chunks" in state else ()
+
+
+def _choose_capacity(config: Config, state: Any, now: Capacity, progress: Progress) -> tuple[Any, Capacity]:
+    """Looks at what rows needed lately: the state with the capacity to go on with, and that capacity."""
+    chunks = state["chunks"]
+    chosen = next_capacity(config.model, config.data.seq_len, now, np.asarray(chunks["need"]).tolist())
+    if chosen == now:
+        return state, now
+    progress.note(f"chunk slots per row: {' / '.join(map(str, now))} -> {' / '.join(map(str, chosen))} (compiling)")
+    placed = jax.device_put(np.array(chosen, np.int32), chunks["capacity"].sharding)
+    return {**state, "chunks": {**chunks, "capacity": placed}}, chosen
+
+
 def _best_over(config: Config) -> list:
     """What the best held-out figure was measured on."""
     return [list(config.data.valid), config.data.valid_fraction, config.eval.max_bytes, config.eval.window]
@@ -197,7 +217,8 @@ def evaluate_text(
         placed = place_batch({"inputs": inputs, "targets": targets}, mesh)
         return np.asarray(eval_step(params, placed["inputs"], placed["targets"]))
 
-    score = window_scorer(logprobs, byte_ids(config.model), window=window, batch_size=rows)
+    ids = byte_ids(config.model, config.data.reserved)
+    score = window_scorer(logprobs, ids, window=window, batch_size=rows)
     return bits_per_byte(score, first_bytes(text, max_bytes), window)
 
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bytelm.config import ConfigError, OptimConfig
+from bytelm.config import ConfigError, HNetConfig, ModelConfig, OptimConfig
 from bytelm.models.build import Params
+from bytelm.models.hnet_recipe import lr_multipliers, reference_decays, stage_of
 from bytelm.parallel.rules import path_string
 
 
@@ -37,25 +38,31 @@ def learning_rate(config: OptimConfig, steps: int) -> Callable:
 
 
 def decay_mask(config: OptimConfig, params: Params) -> Params:
-    """True where weight decay applies: parameters whose path no pattern of `no_decay` finds."""
+    """True where weight decay applies: parameters whose path no pattern of `no_decay` finds, or what the released H-Net
+    code decays (`decay: hnet_reference`)."""
+    if config.decay == "hnet_reference":
+        return jax.tree.map_with_path(lambda path, _: reference_decays(path_string(path)), params)
     return jax.tree.map_with_path(
         lambda path, _: not any(re.search(p, path_string(path)) for p in config.no_decay), params
     )
 
 
-def lr_factors(config: OptimConfig, params: Params) -> Params:
-    """Learning-rate multiplier of each parameter: the first pattern that its path matches, else 1.
+def lr_factors(config: OptimConfig, params: Params, model: ModelConfig | None = None) -> Params:
+    """Learning-rate multiplier of each parameter: the first pattern that its path matches, else that of its stage
+    (H-Net), else 1.
 
     Raises ConfigError for a pattern that matches no parameter.
     """
     used = set()
+    stages = lr_multipliers(model) if isinstance(model, HNetConfig) else None
 
     def factor(path, _):
+        name = path_string(path)
         for pattern, value in config.lr_multipliers:
-            if re.search(pattern, path_string(path)):
+            if re.search(pattern, name):
                 used.add(pattern)
                 return value
-        return 1.0
+        return stages[stage_of(name)] if stages else 1.0
 
     factors = jax.tree.map_with_path(factor, params)
     for pattern, _ in config.lr_multipliers:
@@ -66,10 +73,12 @@ def lr_factors(config: OptimConfig, params: Params) -> Params:
     return factors
 
 
-def make_optimizer(config: OptimConfig, steps: int, params: Params) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, steps: int, params: Params, model: ModelConfig | None = None
+) -> optax.GradientTransformation:
     """Clip, Adam, decoupled decay, multipliers, schedule. `params` may be shapes."""
     rate = learning_rate(config, steps)
-    factors = lr_factors(config, params)
+    factors = lr_factors(config, params, model)
     scale = optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u if f == 1.0 else u * f, updates, factors))
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),

@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from bytelm.config import Config
 from bytelm.models.build import init_params, structure
 from bytelm.parallel.rules import state_shardings
+from bytelm.train.capacity import first_capacity
 from bytelm.train.optim import make_optimizer
 
-State = dict[str, Any]  # {"params", "opt", "step"}
+State = dict[str, Any]  # {"params", "opt", "step"}, and for models that chunk {"chunks": {"need", "capacity"}}
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Setup:
 def plan_state(config: Config, mesh: Mesh) -> Setup:
     """Shapes, shardings and optimizer of a run; allocates nothing."""
     graph, params = structure(config.model)
-    optimizer = make_optimizer(config.optim, config.train.steps, params)
+    optimizer = make_optimizer(config.optim, config.train.steps, params, config.model)
     abstract = jax.eval_shape(lambda: _init(config, optimizer))
     shardings = state_shardings(mesh, abstract)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
@@ -39,7 +40,11 @@ def plan_state(config: Config, mesh: Mesh) -> Setup:
 
 def _init(config: Config, optimizer: optax.GradientTransformation) -> State:
     params = init_params(config.model, jax.random.key(config.train.seed))
-    return {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+    state = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+    capacity = first_capacity(config.model, config.data.seq_len)
+    if capacity:
+        state["chunks"] = {"need": jnp.zeros(len(capacity), jnp.float32), "capacity": jnp.array(capacity, jnp.int32)}
+    return state
 
 
 def init_state(config: Config, setup: Setup) -> State:
