@@ -183,6 +183,7 @@ FREE_ON_RESUME = (
     "mesh", "eval", "checkpoint", "data.workers", "data.prefetch", "data.cache_dir", "model.stack.attention",
     "model.stack.scan_layers", "model.stack.remat", "model.stack.ssm.chunk", "model.stack.ssm.form", "train.run_dir",
     "train.steps", "train.log_every", "train.init_from", "train.allow_config_change", "train.compilation_cache",
+    "model.attention", "model.scan_layers", "model.remat", "model.ssm.chunk", "model.ssm.form", "train.watch_text",
     "train.profile_start", "train.profile_steps", "train.tensorboard", "train.wandb_project",
 )  # fmt: skip
 

@@ -1,21 +1,17 @@
 """The `bytelm` command. User mistakes end in one message and exit status 2, never in a traceback."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import tyro
 
 import bytelm
-from bytelm import codec
-from bytelm.config import Config, ConfigError, DataConfig
-from bytelm.vocab import complete_prefix
+from bytelm import cli_model, codec
+from bytelm.config import Config, ConfigError
 
 EXIT_OK, EXIT_CHECK_FAILED, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75
 
@@ -24,15 +20,12 @@ USAGE = """usage: bytelm COMMAND ...
   train   CONFIG.yaml [--section.field value ...] [--dry-run]   train a model, or go on with a run (its folder)
   eval    RUN [--suite bpb] [--text FILE ...] [--compare]       measure a model
   sample  RUN --prompt TEXT                                     let a model write
+  chunks  RUN --text TEXT [--html FILE]                         show how a model cuts a text
   convert RUN DST                                               write weights as safetensors + config.json
   parity  CASE_DIR                                              does this machine still give the reference numbers?
   plan    CONFIG.yaml [--devices N] [--chip h100]               parameters, FLOPs and memory, before anything runs
 
   bytelm COMMAND --help says more; bytelm --version prints the version."""
-
-COMPARE_LIMIT = 256 << 20  # bytes of training text that --compare is willing to compress
-
-PathArgument = tyro.conf.Positional[Path]
 
 
 def read_config(source: str, overrides: Sequence[str], prog: str) -> Config:
@@ -117,194 +110,30 @@ def _dry_run(config: Config) -> int:
 def plan(args: list[str]) -> int:
     """Prints parameters by part, useful FLOPs per byte and memory per device. Nothing is allocated.
 
-    --devices N: plan for N devices; --chip NAME: compare with a chip (v5p, v6e, h100, h200 ...); --json: as JSON."""
+    --devices N: plan for N devices; --chip NAME: compare with a chip (v5p, v6e, h100, h200 ...); --bytes-per-chunk
+    4.8,9: of each level of an H-Net (default: its targets); --json: as JSON."""
     from bytelm.plan import describe_plan, make_plan, to_json
 
     source, rest = _config_command(args, "plan", plan.__doc__ or "")
     as_json, rest = _take_flag(rest, "--json")
     devices, rest = _take_option(rest, "--devices", "0")
     chip, rest = _take_option(rest, "--chip", "")
+    chunks, rest = _take_option(rest, "--bytes-per-chunk", "")
+    try:
+        per_chunk = tuple(float(n) for n in chunks.split(",") if n)
+    except ValueError:
+        raise ConfigError(f"--bytes-per-chunk {chunks}: give numbers with commas between them, one per level") from None
     if not (devices.isascii() and devices.isdecimal()):
         raise ConfigError(f"--devices {devices}: must be a whole number")
     config = read_config(source, rest, "bytelm plan")
-    made = make_plan(config, int(devices), chip)
+    made = make_plan(config, int(devices), chip, per_chunk)
     print(json.dumps(to_json(made)) if as_json else describe_plan(config, made))
     return EXIT_OK
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions:
-    """Lets a model write; the text streams as it is made."""
-
-    model: PathArgument  # run, checkpoint or weights directory
-    prompt: str = ""  # text to go on from; empty = the start of a document
-    prompt_file: Path | None = None  # read the prompt (any bytes) from this file instead
-    max_bytes: int = 400  # length of the continuation
-    temperature: float = 0.8  # 0 = always the most probable byte
-    top_k: int = 0  # only the k most probable bytes; 0 = all
-    top_p: float = 0.95  # only the most probable bytes that together reach this probability
-    stop: tuple[str, ...] = ()  # end in front of any of these
-    seed: int = 0  # same seed, same text
-    count: int = 1  # how many continuations
-    checkpoint: str = "latest"  # latest, best, or a step
-
-
-def sample(args: list[str]) -> int:
-    options = tyro.cli(SampleOptions, args=args, prog="bytelm sample")
-    prompt = (
-        options.prompt_file.read_bytes() if options.prompt_file else options.prompt.encode("utf-8", "surrogateescape")
-    )
-    lm = bytelm.load(options.model, checkpoint=options.checkpoint)
-    out = sys.stdout.buffer
-    settings: dict[str, Any] = {name: getattr(options, name) for name in ("max_bytes", "temperature", "top_k", "top_p")}
-    settings["stop"] = tuple(stop.encode("utf-8", "surrogateescape") for stop in options.stop)
-    for i in range(options.count):
-        if options.count > 1:
-            out.write(f"--- {i + 1} ---\n".encode())
-        out.write(prompt[: complete_prefix(prompt)])
-        pending = prompt[complete_prefix(prompt) :]
-        for piece in lm.stream(prompt, seed=options.seed + i, **settings):
-            out.write(pending + piece)
-            pending = b""
-            out.flush()
-        out.write(pending + b"\n")
-        out.flush()
-    return EXIT_OK
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """Measures a model. Without --text, on the text its run held out."""
-
-    model: PathArgument  # run, checkpoint or weights directory
-    suite: Literal["bpb"] = "bpb"  # what to measure: bits per byte
-    text: tuple[str, ...] = ()  # files or globs (.txt, .jsonl, .gz, .zst, [a:b] slices)
-    text_field: str = "text"  # field of a jsonl record that holds the text
-    max_bytes: int = 0  # read at most this much; 0 = all
-    window: int = 0  # bytes of context; 0 = min(8192, the trained length)
-    compare: bool = False  # add compressor lines given the run's training text
-    checkpoint: str = "latest"  # latest, best, or a step
-    json: bool = False  # print one JSON object
-
-
-def evaluate(args: list[str]) -> int:
-    from bytelm.data.pipeline import load_text
-    from bytelm.data.sources import open_corpus
-    from bytelm.evals.bpb import bits_per_byte, first_bytes
-    from bytelm.evals.compressors import ppmd_given, xz_given
-    from bytelm.lm import NetworkLM
-
-    options = tyro.cli(EvalOptions, args=args, prog="bytelm eval")
-    if options.window < 0 or options.max_bytes < 0:
-        raise ConfigError("--window and --max-bytes must not be negative")
-    lm = bytelm.load(options.model, checkpoint=options.checkpoint)
-    if options.text:
-        text, name = open_corpus(options.text, text_field=options.text_field, where="--text"), ", ".join(options.text)
-    else:
-        data = _run_data(options.model)
-        text = load_text(data)[1]
-        name = ", ".join(data.valid) or f"held out of {', '.join(data.train)}"
-        if len(text) == 0:
-            raise ConfigError(f"{options.model}: the run held out no text: give --text FILE")
-    sources = load_text(_run_data(options.model))[0] if options.compare else []
-    window = options.window or lm.window
-    result = bits_per_byte(
-        lambda documents: [-s.total for s in lm.score_batch(documents, window=window)],
-        first_bytes(text, options.max_bytes),
-        window,
-    )
-    record: dict[str, Any] = {
-        "model": str(options.model), "family": lm.config.family if isinstance(lm, NetworkLM) else None,
-        "text": name, "bytes": result.bytes, "documents": result.documents, "window": window, "bpb": result.bpb,
-    }  # fmt: skip
-    lines = []
-    if options.compare:
-        size = sum(s.total_bytes for s in sources)
-        if size > COMPARE_LIMIT:
-            raise ConfigError(
-                f"--compare would compress {size:,} bytes of training text; it takes {COMPARE_LIMIT:,} at most"
-            )
-        train = b"".join(s.read(i) for s in sources for i in range(len(s)))
-        test = b"".join(first_bytes(text, options.max_bytes))
-        lines = [line for line in (xz_given(train, test), ppmd_given(train, test)) if line]
-        record["compressors"] = {line.name: line.bpb for line in lines}
-    if options.compare and not options.text:
-        _draw(options.model, record["compressors"])
-    if options.json:
-        print(json.dumps(record))
-        return EXIT_OK
-    print(f"{name}: {result.bytes:,} bytes in {result.documents} document(s), windows of {window}")
-    rows = [(str(options.model), result.bpb, "this model"), *((ln.name, ln.bpb, ln.source) for ln in lines)]
-    for label, bpb, remark in sorted(rows, key=lambda row: row[1]):
-        print(f"  {label:<28} {bpb:.4f} bits per byte   {remark}" if remark == "this model" else
-              f"  {label:<28} {bpb:.3f}  bits per byte   given the same training text; {remark}")  # fmt: skip
-    if options.compare and not any(line.name == "PPMd" for line in lines):
-        print("  (no PPMd line: pip install pyppmd to measure it for this text)")
-    return EXIT_OK
-
-
-def _run_data(run: Path) -> DataConfig:
-    """The data settings of a run directory."""
-    if not (run / "config.yaml").exists():
-        raise ConfigError(f"{run} is not a run directory, so its texts are not known: give --text FILE, no --compare")
-    return codec.load(run / "config.yaml").data
-
-
-def _draw(run: Path, lines: dict[str, float]) -> None:
-    """Draws the run's loss plot again, with the compressor lines."""
-    from bytelm.metrics import plot_losses
-
-    with contextlib.suppress(OSError):  # a run that may not be written to keeps its plot
-        plot_losses(run / "metrics.jsonl", run / "loss.png", lines)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
-    """Writes a model's weights as safetensors + config.json, which `bytelm.load` reads back."""
-
-    source: PathArgument  # run, checkpoint or weights directory
-    target: PathArgument  # new folder
-    to: Literal["bytelm"] = "bytelm"  # format of the result
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the stored tensors
-    checkpoint: str = "latest"  # latest, best, or a step
-
-
-def convert(args: list[str]) -> int:
-    from bytelm.interop.weights import is_weights_dir, load_config, load_for, save_weights
-    from bytelm.lm import load_run
-
-    options = tyro.cli(ConvertOptions, args=args, prog="bytelm convert")
-    if options.target.exists() and any(options.target.iterdir() if options.target.is_dir() else [options.target]):
-        raise ConfigError(f"{options.target} is there and not empty: name a new folder")
-    if is_weights_dir(options.source):
-        model, context = load_config(options.source)
-        params = load_for(model, options.source)
-    else:
-        config, params = load_run(options.source, options.checkpoint)
-        model, context = config.model, config.data.seq_len
-    save_weights(options.target, model, params, context, options.dtype)
-    print(f"{options.target}: config.json, model.safetensors ({options.dtype})")
-    return EXIT_OK
-
-
-def parity(args: list[str]) -> int:
-    from bytelm.interop.parity import run_case
-
-    @dataclass(frozen=True, kw_only=True)
-    class ParityOptions:
-        """Runs a saved reference case on this machine's device and compares; exit status 1 when it is not ok."""
-
-        case: PathArgument  # directory with config.json, weights.safetensors, io.safetensors
-        precision: Annotated[str, tyro.conf.arg(help="matmul precision: highest, high, default")] = "highest"
-
-    options = tyro.cli(ParityOptions, args=args, prog="bytelm parity")
-    record = run_case(options.case, options.precision)
-    print(json.dumps(record))
-    return EXIT_OK if record["ok"] else EXIT_CHECK_FAILED
-
-
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": train, "eval": evaluate, "sample": sample, "convert": convert, "parity": parity, "plan": plan,
+    "train": train, "eval": cli_model.evaluate, "sample": cli_model.sample, "chunks": cli_model.chunks,
+    "convert": cli_model.convert, "parity": cli_model.parity, "plan": plan,
 }  # fmt: skip
 
 
@@ -342,13 +171,14 @@ def _status(error: Exception) -> int:
     from bytelm.checkpoint import CheckpointError
     from bytelm.data.sources import DataError
     from bytelm.train.loop import Diverged, Interrupted
+    from bytelm.vocab import ReservedByteError
 
     if isinstance(error, Interrupted):
         return EXIT_INTERRUPTED
     if isinstance(error, Diverged):
         _fail(str(error))
         return EXIT_DIVERGED
-    if isinstance(error, (ConfigError, CheckpointError, DataError, ImportError, OSError)):
+    if isinstance(error, (ConfigError, CheckpointError, DataError, ReservedByteError, ImportError, OSError)):
         return _fail(str(error))
     raise error
 

@@ -22,7 +22,7 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(cls: Any, data: Any, path: str = "") -> Any:
-    """Builds `cls` from plain data; a union of configs is told apart by `family` (the first one's, where it is left out).
+    """Builds `cls` from plain data; a union of configs is told apart by `family` (left out: the first one's).
 
     Raises ConfigError with the path, the value and what was expected.
     """
@@ -51,7 +51,9 @@ def _member(union: Any, data: Any, path: str) -> Any:
     members = {c.__dataclass_fields__["family"].default: c for c in typing.get_args(union)}
     family = data.get("family", next(iter(members))) if isinstance(data, dict) else next(iter(members))
     if family not in members:
-        raise ConfigError(f"{path + '.' if path else ''}family: unknown value {family!r}; {suggest(str(family), list(members))}")
+        raise ConfigError(
+            f"{path + '.' if path else ''}family: unknown value {family!r}; {suggest(str(family), list(members))}"
+        )
     return members[family]
 
 

@@ -181,6 +181,7 @@ class TrainConfig:
     seed: int = 0  # of the initial weights and the data order
     grad_accum: int = 1  # microbatches per step
     log_every: int = 10  # steps between metric lines
+    watch_text: str = ""  # text whose chunks report.html shows over the run; empty = the start of the held-out text
     init_from: str = ""  # run or weights directory whose weights to start from
     allow_config_change: bool = False  # resume although model, data or optimizer settings differ
     compilation_cache: str = ""  # folder of compiled programs; empty = ~/.cache/bytelm/xla, "off" = none

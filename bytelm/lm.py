@@ -1,7 +1,6 @@
 """The byte language model protocol, and `load`."""
 
 import dataclasses
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -12,6 +11,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
+from bytelm.boundaries import Boundaries, text_boundaries
 from bytelm.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -20,11 +20,11 @@ from bytelm.checkpoint import (
     restore_params,
     stored_config,
 )
-from bytelm.config import Config, ConfigError, FlatConfig
+from bytelm.config import Config, ConfigError, ModelConfig
 from bytelm.generate import Sampling, bucket, generate_bytes, pad_rows, visible_inputs
-from bytelm.interop.weights import is_weights_dir, load_config, load_for
+from bytelm.interop.published import NO_MODEL, is_model, open_model
 from bytelm.models.build import Params, byte_ids, structure
-from bytelm.vocab import complete_prefix, encode
+from bytelm.vocab import REPLACEMENT, complete_prefix, encode
 from bytelm.windows import DEFAULT_WINDOW, document_windows
 
 Text = str | bytes
@@ -121,9 +121,14 @@ class ByteLM(ABC):
         if pending:
             yield pending
 
+    def boundaries(self, text: Text) -> list[Boundaries]:
+        """Where a chunking model may cut a text and where it does, level by level, outermost first; no levels for a
+        model without chunks. The start of the document is not counted."""
+        return []
+
     def chunks(self, text: Text) -> list[NDArray[np.int64]]:
         """Byte offsets of chunk starts at every level; a model without chunks has no levels."""
-        return []
+        return [level.starts for level in self.boundaries(text)]
 
     @staticmethod
     def _request(prompts, max_bytes, temperature, top_k, top_p, stop, seed):
@@ -142,14 +147,21 @@ def _forward(graph, params, symbols, inputs):
 
 
 @partial(jax.jit, static_argnames="graph")
+def _levels(graph, params, inputs):
+    return nnx.merge(graph, params)(inputs).levels
+
+
+@partial(jax.jit, static_argnames="graph")
 def _forward_last(graph, params, symbols, inputs, lengths):
     logits = nnx.merge(graph, params)(inputs).logits
     return jax.numpy.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0, symbols]
 
 
-def log_softmax(logits: NDArray) -> NDArray[np.float64]:
-    """ln softmax over the last axis, in float64 on the host."""
+def log_softmax(logits: NDArray, possible: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+    """ln softmax over the last axis, in float64 on the host; -inf for symbols that are not `possible`."""
     logits = np.asarray(logits, np.float64)
+    if possible is not None:
+        logits = np.where(possible, logits, -np.inf)
     top = logits.max(axis=-1, keepdims=True)
     return logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
 
@@ -157,14 +169,31 @@ def log_softmax(logits: NDArray) -> NDArray[np.float64]:
 class NetworkLM(ByteLM):
     """A network trained on bytes, as a ByteLM."""
 
-    def __init__(self, config: FlatConfig, params: Params, context: int, batch_bytes: int = 1 << 15):
-        """`context` is the row length it was trained on; forward passes take about `batch_bytes` positions at once."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        context: int,
+        batch_bytes: int = 1 << 15,
+        reserved: str = "error",
+        wait: float = 0.0,
+    ):
+        """`context` is the row length it was trained on; forward passes take about `batch_bytes` positions at once.
+
+        `reserved`: what happens to bytes in a text that the family keeps for itself: error, or replace (by U+FFFD).
+        `wait`: in batched generation with a model that chunks, rows wait at their boundaries until this share of them
+        does, so that the inner network runs less often; 0: they never wait. The bytes are the same.
+        """
+        if not 0 <= wait <= 1:
+            raise ConfigError(f"wait={wait}: must be in [0, 1]")
         self.config = config
         self.params = params
-        self.ids = byte_ids(config)
+        self.ids = byte_ids(config, reserved)
+        self.wait = wait
         self.window = min(DEFAULT_WINDOW, context)
         self.graph, _ = structure(config)
         self._symbols = self.ids.symbol_ids()
+        self._possible = self.ids.possible()
         self._batch_bytes = batch_bytes
 
     def _batches(self, rows: list[NDArray[np.int32]]) -> Iterator[tuple[list[int], NDArray, NDArray]]:
@@ -177,11 +206,11 @@ class NetworkLM(ByteLM):
             yield group, *pad_rows([rows[i] for i in group], bucket(len(group)), width)
 
     def logprobs_batch(self, prefixes: Sequence[Text]) -> NDArray[np.float64]:
-        rows = [visible_inputs(encode(p), self.ids, self.window) for p in prefixes]
+        rows = [visible_inputs(self._clean(p), self.ids, self.window) for p in prefixes]
         out = np.zeros((len(rows), len(self._symbols)))
         for group, inputs, lengths in self._batches(rows):
             logits = _forward_last(self.graph, self.params, self._symbols, inputs, lengths)
-            out[group] = log_softmax(np.asarray(logits)[: len(group)])
+            out[group] = log_softmax(np.asarray(logits)[: len(group)], self._possible)
         return out
 
     def score_batch(
@@ -190,8 +219,9 @@ class NetworkLM(ByteLM):
         if window is not None and window < 1:
             raise ConfigError(f"window={window}: must be at least 1")
         window = window or self.window
-        after = [encode(t) for t in texts]
-        before = [b""] * len(after) if contexts is None else [encode(c) for c in contexts]
+        originals = [encode(t) for t in texts]
+        after = [self._clean(t) for t in originals]
+        before = [b""] * len(after) if contexts is None else [self._clean(c) for c in contexts]
         if len(before) != len(after):
             raise ValueError(f"{len(after)} texts but {len(before)} contexts")
         scores = [np.zeros(len(t)) for t in after]
@@ -204,9 +234,20 @@ class NetworkLM(ByteLM):
             logits = np.asarray(_forward(self.graph, self.params, self._symbols, inputs))
             for line, row in zip(logits, group):
                 n, start, x, y = rows[row]
-                scored = log_softmax(line[len(x) - len(y) : len(x)])
+                scored = log_softmax(line[len(x) - len(y) : len(x)], self._possible)
                 scores[n][start : start + len(y)] = scored[np.arange(len(y)), y]
-        return [Score(float(s.sum()), s) for s in scores]
+        return [self._score(text, s) for text, s in zip(originals, scores)]
+
+    def _score(self, text: bytes, logs: NDArray[np.float64]) -> Score:
+        """A score per byte of the caller's text: a replaced byte has the sum of what stands in its place."""
+        if len(logs) != len(text):
+            widths = np.ones(len(text), np.int64)
+            widths[self.ids.reserved_positions(text)] = len(REPLACEMENT)
+            logs = np.add.reduceat(logs, np.cumsum(widths) - widths)
+        return Score(float(logs.sum()), logs)
+
+    def _clean(self, text: Text) -> bytes:
+        return self.ids.clean(encode(text))
 
     def _text_windows(self, context: bytes, text: bytes, window: int):
         """(offset in text, inputs, bytes scored) of each window; the scored bytes are the last of the inputs."""
@@ -218,27 +259,46 @@ class NetworkLM(ByteLM):
 
     def _continue(self, prompts, max_bytes, sampling, seed, stop, block):
         return generate_bytes(
-            self.graph, self.params, self.ids, prompts, window=self.window, max_bytes=max_bytes, sampling=sampling,
-            seed=seed, stop=stop, block=block,
+            self.graph, self.params, self.ids, [self._clean(p) for p in prompts], window=self.window,
+            max_bytes=max_bytes, sampling=sampling, seed=seed, stop=stop, block=block, wait=self.wait,
         )  # fmt: skip
 
+    def boundaries(self, text: Text) -> list[Boundaries]:
+        def levels_of(row: NDArray[np.int32]):
+            inputs, _ = pad_rows([row], 1, bucket(len(row), 32))
+            return [
+                jax.tree.map(lambda x: x[0], level)
+                for level in jax.device_get(_levels(self.graph, self.params, inputs))
+            ]
 
-def load(path: str | Path, *, checkpoint: str = "latest", dtype: str | None = None) -> ByteLM:
-    """Loads a model as a ByteLM: a run directory of `bytelm train`, one of its checkpoints, or a weights directory of
-    `bytelm convert`.
+        return text_boundaries(levels_of, encode(text), self.ids, self.window)
 
-    `checkpoint` is latest, best, or a step; `dtype` overrides the compute type (float32, bfloat16). Raises
-    CheckpointError when nothing readable is there, ConfigError for what this version cannot load.
+
+def load(
+    path: str | Path,
+    *,
+    checkpoint: str = "latest",
+    dtype: str | None = None,
+    config: str | Path | None = None,
+    reserved: str = "error",
+    wait: float = 0.0,
+) -> ByteLM:
+    """Loads a model as a ByteLM: a run directory of `bytelm train`, one of its checkpoints, a weights directory of
+    `bytelm convert`, a folder with an H-Net checkpoint and its config.json, or a bare H-Net file with its `config`.
+
+    `checkpoint` is latest, best, or a step; `dtype` overrides the compute type (float32, bfloat16); `reserved` and
+    `wait` as in `NetworkLM`. Raises CheckpointError when nothing readable is there, ConfigError for what this version
+    cannot load.
     """
     path = Path(path)
+    options = {"reserved": reserved, "wait": wait}
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
-    if is_weights_dir(path):
-        model, context = load_config(path)
-        model = _with_dtype(model, dtype)
-        return NetworkLM(model, jax.device_put(load_for(model, path)), context)
-    config, params = load_run(path, checkpoint)
-    return NetworkLM(_with_dtype(config.model, dtype), params, config.data.seq_len)
+    if is_model(path):
+        stored = open_model(path, Path(config) if config else None)
+        return NetworkLM(_with_dtype(stored.config, dtype), jax.device_put(stored.read()), stored.context, **options)
+    run, params = load_run(path, checkpoint)
+    return NetworkLM(_with_dtype(run.model, dtype), params, run.data.seq_len, **options)
 
 
 def load_run(path: Path, checkpoint: str = "latest") -> tuple[Config, Params]:
@@ -248,7 +308,8 @@ def load_run(path: Path, checkpoint: str = "latest") -> tuple[Config, Params]:
     elif (path / "meta").is_dir():
         folder = path
     else:
-        raise CheckpointError(f"{path}: {_unknown(path)}")
+        open_model(path)  # says what this folder is instead
+        raise CheckpointError(f"{path}: {NO_MODEL}")
     config = stored_config(read_meta(folder), str(folder))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
@@ -257,16 +318,7 @@ def load_run(path: Path, checkpoint: str = "latest") -> tuple[Config, Params]:
     return config, restore_params(folder, abstract)
 
 
-def _with_dtype(model: FlatConfig, dtype: str | None) -> FlatConfig:
+def _with_dtype(model: ModelConfig, dtype: str | None) -> ModelConfig:
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype {dtype!r}: choose float32 or bfloat16")
     return dataclasses.replace(model, dtype=dtype) if dtype else model
-
-
-def _unknown(path: Path) -> str:
-    try:
-        record = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        kind = record.get("model_type") or ("H-Net" if "arch_layout" in record else "unknown")
-        return f"this version of bytelm does not load {kind} models; it loads its own runs and weights directories"
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-        return "neither a run directory with checkpoints nor a weights directory (config.json, model.safetensors)"

@@ -196,6 +196,7 @@ class HNetConfig:
     tie_embeddings: bool = False  # use the embedding table as the output matrix
     dtype: DType = "float32"  # compute type; parameters are float32 always
     init_std: float = 0.02  # standard deviation of the initial projections (0: 1 / sqrt(fan in))
+    embed_std: float = 1.0  # standard deviation of the initial embeddings
     norm_eps: float = 1.0e-5  # epsilon of every RMSNorm
     attention: Literal["auto", "xla", "cudnn"] = "auto"  # kernel of full attention
     scan_layers: bool = True  # run a run of equal blocks as one scan or unrolled

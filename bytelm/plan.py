@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 
-from bytelm.config import Config, ConfigError, StackConfig, parse_layout
+from bytelm.config import Config, ConfigError, FlatConfig, StackConfig, parse_layout
 from bytelm.devices import CHIPS, Chip
 from bytelm.models.build import count_parameters, structure
-from bytelm.models.flops import TRAIN_FACTOR, forward_flops
+from bytelm.models.flops import TRAIN_FACTOR, forward_flops, target_bytes_per_chunk
+from bytelm.models.hnet_recipe import stage_of
 from bytelm.parallel.mesh import AXES, to_spec
 from bytelm.parallel.rules import logical_axes, path_string
+from bytelm.train.capacity import first_capacity
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Plan:
     mesh: dict[str, int]
     memory: dict[str, float]  # bytes on one device, by use; activations are an estimate
     chip: Chip | None
+    bytes_per_chunk: tuple[float, ...] = ()  # of each level of an H-Net, for the useful FLOPs
+    slots: tuple[int, ...] = ()  # chunk slots per row that training starts with, for memory and executed FLOPs
+    executed_flops_per_byte: float = 0.0  # of a training step that computes every slot
 
     @property
     def total_parameters(self) -> int:
@@ -36,13 +41,22 @@ class Plan:
         return sum(self.memory.values())
 
 
-def make_plan(config: Config, devices: int = 0, chip: str = "") -> Plan:
-    """The plan of a config on `devices` chips (0: as many as the mesh sizes name, at least one).
+def make_plan(config: Config, devices: int = 0, chip: str = "", bytes_per_chunk: tuple[float, ...] = ()) -> Plan:
+    """The plan of a config on `devices` chips (0: as many as the mesh sizes name, at least one). `bytes_per_chunk`: of
+    each level of an H-Net (default: its targets).
 
     Raises ConfigError when the mesh does not fit the devices or the parameters, or the chip is unknown.
     """
     if chip and chip not in CHIPS:
         raise ConfigError(f"--chip {chip}: choose one of {', '.join(CHIPS)}")
+    model, t = config.model, config.data.seq_len
+    targets = () if isinstance(model, FlatConfig) else target_bytes_per_chunk(model)
+    if bytes_per_chunk and (len(bytes_per_chunk) != len(targets) or min(bytes_per_chunk) < 1):
+        raise ConfigError(
+            f"--bytes-per-chunk {bytes_per_chunk}: give a number of at least 1 for each of {len(targets)} levels"
+        )
+    bytes_per_chunk = bytes_per_chunk or targets
+    slots = first_capacity(model, t)
     mesh = _mesh_shape(config, devices)
     _, params = structure(config.model)
     parts: dict[str, int] = {}
@@ -50,15 +64,18 @@ def make_plan(config: Config, devices: int = 0, chip: str = "") -> Plan:
         part = _part(path_string(path))
         parts[part] = parts.get(part, 0) + leaf.size
     assert sum(parts.values()) == count_parameters(params)
-    forward = forward_flops(config.model, config.data.seq_len)
+    forward = forward_flops(model, t, bytes_per_chunk)
     return Plan(
         parameters=dict(sorted(parts.items(), key=lambda item: -item[1])),
         forward_flops_per_byte=forward,
         train_flops_per_byte=TRAIN_FACTOR * forward,
         bytes_per_step=config.data.batch_size * config.data.seq_len,
         mesh=mesh,
-        memory=_memory(config, params, mesh),
+        memory=_memory(config, params, mesh, slots),
         chip=CHIPS.get(chip),
+        bytes_per_chunk=bytes_per_chunk,
+        slots=slots,
+        executed_flops_per_byte=TRAIN_FACTOR * forward_flops(model, t, [t / n for n in slots]),
     )
 
 
@@ -80,6 +97,9 @@ def _mesh_shape(config: Config, devices: int) -> dict[str, int]:
 
 
 def _part(path: str) -> str:
+    if path.startswith("backbone"):
+        found = next((n for n in ("encoder", "decoder", "main", "router", "residual") if f"/{n}/" in path), "widening")
+        return f"stage {stage_of(path)} {found}"
     for name in ("embed", "head", "attention", "mamba", "mlp", "norm"):
         if name in path:
             return name
@@ -96,7 +116,7 @@ def _local_size(path: str, shape: tuple[int, ...], mesh: dict[str, int]) -> floa
     return size
 
 
-def _memory(config: Config, params: Any, mesh: dict[str, int]) -> dict[str, float]:
+def _memory(config: Config, params: Any, mesh: dict[str, int], slots: tuple[int, ...]) -> dict[str, float]:
     """Bytes on one device. Weights and Adam's moments are exact; activations are counted by formula."""
     local = sum(_local_size(path_string(p), leaf.shape, mesh) for p, leaf in jax.tree.leaves_with_path(params))
     rows = config.data.batch_size // (mesh["data"] * mesh["fsdp"] * config.train.grad_accum)
@@ -106,11 +126,27 @@ def _memory(config: Config, params: Any, mesh: dict[str, int]) -> dict[str, floa
     memory = {"weights": 4 * local, "optimizer": 8 * local, "gradients": gradients}
     if config.model.dtype == "bfloat16":
         memory["weights in bfloat16"] = 2 * local
-    memory["activations (estimate)"] = positions * _activation_bytes(
-        config.model.stack, config.data.seq_len, width, mesh["tensor"]
-    )
+    if isinstance(config.model, FlatConfig):
+        activations = positions * _activation_bytes(config.model.stack, config.data.seq_len, width, mesh["tensor"])
+    else:
+        activations = rows * _hnet_activation_bytes(config, slots, width, mesh["tensor"])
+    memory["activations (estimate)"] = activations
     memory["logits and their gradient"] = positions * 257 * 4 * 2
     return memory
+
+
+def _hnet_activation_bytes(config: Config, slots: tuple[int, ...], width: int, tensor: int) -> float:
+    """Bytes kept per row between forward and backward, all stages at their slots."""
+    model = config.model
+    assert not isinstance(model, FlatConfig)
+    total = 0.0
+    for s, elements in enumerate((config.data.seq_len, *slots)):
+        inside = s < model.levels
+        for part in ("encoder", "decoder") if inside else ("main",):
+            total += elements * _activation_bytes(model.stack(s, part), elements, width, tensor)
+        if inside:  # the router's query and key and their norms, residual, encoder output, smoothed and put back
+            total += elements * model.d_model[s] * (4 * 7 + 2 * width)
+    return total
 
 
 def _activation_bytes(stack: StackConfig, t: int, width: int, tensor: int) -> float:
@@ -151,6 +187,7 @@ def describe_plan(config: Config, plan: Plan) -> str:
         "",
         f"useful FLOPs per byte: {_engineering(plan.forward_flops_per_byte)} forward, "
         f"{_engineering(plan.train_flops_per_byte)} training (rows of {config.data.seq_len} bytes)",
+        *_describe_chunks(plan),
         f"a step reads {plan.bytes_per_step:,} bytes; {steps:,} steps read {_engineering(total)} bytes "
         f"and cost {_engineering(total * plan.train_flops_per_byte)} FLOPs",
         "",
@@ -168,6 +205,17 @@ def describe_plan(config: Config, plan: Plan) -> str:
             f"at 40 % utilisation {devices} x {plan.chip.name} would read {_engineering(0.4 * rate)} bytes/s",
         ]
     return "\n".join(lines)
+
+
+def _describe_chunks(plan: Plan) -> list[str]:
+    if not plan.slots:
+        return []
+    each = " and ".join(f"{n:.3g}" for n in plan.bytes_per_chunk)
+    slots = " and ".join(f"{n:,}" for n in plan.slots)
+    return [
+        f"at {each} bytes per chunk (--bytes-per-chunk); with {slots} chunk slots per row, as training starts, a step "
+        f"executes {_engineering(plan.executed_flops_per_byte)} per byte; the memory below is for those",
+    ]
 
 
 def _engineering(value: float) -> str:

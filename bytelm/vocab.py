@@ -63,7 +63,7 @@ class ReservedByteError(ValueError):
     """A text holds a byte that the model family keeps for itself; the message says where."""
 
 
-_REPLACEMENT = "\ufffd".encode()  # U+FFFD in UTF-8
+REPLACEMENT = "\ufffd".encode()  # U+FFFD in UTF-8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +96,11 @@ class ByteIds:
             return text
         if self.replace:
             for byte in self.reserved:
-                text = text.replace(bytes([byte]), _REPLACEMENT)
+                text = text.replace(bytes([byte]), REPLACEMENT)
             return text
         raise ReservedByteError(
-            f"{where} holds byte 0x{text[bad[0]]:02X} at offset {first + bad[0]}, which this model family keeps for its "
-            "own symbols (valid UTF-8 never has it); take it out, or ask for reserved=replace (U+FFFD in its place)"
+            f"{where} holds byte 0x{text[bad[0]]:02X} at offset {first + bad[0]}, which this model family keeps for "
+            "symbols of its own (valid UTF-8 never has it); take it out, or ask for reserved=replace (U+FFFD instead)"
         )
 
     def reserved_positions(self, text: bytes) -> NDArray[np.int64]:

@@ -50,3 +50,17 @@ def document_windows(
     inputs = np.concatenate([[np.int32(ids.start)], targets])[:-1].astype(np.int32)
     for first, end, scored in scoring_windows(context, len(targets), window):
         yield inputs[first:end], targets[first:end], scored - first
+
+
+def overlapping_windows(text: bytes, ids: ByteIds, window: int) -> Iterator[tuple[NDArray[np.int32], int, int]]:
+    """Windows for reading a decision at every byte of a text: (inputs, byte at input 0, first byte to read).
+
+    The first window begins with the start symbol (which is byte -1); later ones overlap the one before by half, and
+    only what has at least half a window in front of it is read from them.
+    """
+    body = np.frombuffer(text, np.uint8).astype(np.int32) + ids.offset
+    inputs = np.concatenate([[np.int32(ids.start)], body]).astype(np.int32)
+    yield inputs[:window], -1, 0
+    half = max(window // 2, 1)
+    for begin in range(half, len(inputs) - window + half, half):
+        yield inputs[begin : begin + window], begin - 1, begin - 1 + window - half

@@ -104,8 +104,9 @@ def params_from(weights: Weights, config: HNetConfig) -> Params:
     return params
 
 
-def state_dict(params: Params, config: HNetConfig) -> dict[str, NDArray]:
-    """A state dict in the reference's names and shapes from our parameters: the inverse of `params_from`."""
+def state_dict(params: Params, config: HNetConfig, xp: Any = np) -> dict[str, NDArray]:
+    """A state dict in the reference's names and shapes from our parameters: the inverse of `params_from`. `xp` is the
+    array module that the parameters are of (jax.numpy under eval_shape)."""
     out: dict[str, NDArray] = {"embeddings.weight": params["embed"]["table"]}
     node = params["backbone"]
     for s in range(config.levels + 1):
@@ -113,10 +114,10 @@ def state_dict(params: Params, config: HNetConfig) -> dict[str, NDArray]:
         if "pad" in node:
             out[prefix + "pad_dimension"] = node["pad"]
         if s == config.levels:
-            out |= _stack_weights(node["main"], prefix + "main_network.", config.stack(s, "main"))
+            out |= _stack_weights(node["main"], prefix + "main_network.", config.stack(s, "main"), xp)
             break
         for part in ("encoder", "decoder"):
-            out |= _stack_weights(node[part], f"{prefix}{part}.", config.stack(s, part))
+            out |= _stack_weights(node[part], f"{prefix}{part}.", config.stack(s, part), xp)
         for name in "qk":
             out[f"{prefix}routing_module.{name}_proj_layer.weight"] = node["router"][name]["kernel"].T
         out[prefix + "residual_proj.weight"] = node["residual"]["kernel"].T
@@ -131,13 +132,13 @@ def keeps_float32(name: str) -> bool:
     return name.endswith("mixer.D") or "residual_proj" in name
 
 
-def _stack_weights(params: Params, prefix: str, config: StackConfig) -> dict[str, NDArray]:
+def _stack_weights(params: Params, prefix: str, config: StackConfig, xp: Any) -> dict[str, NDArray]:
     out = {prefix + "rmsnorm.weight": params["norm"]["scale"]}
     layer = 0
     for i, (kind, count) in enumerate(parse_layout(config.layout)):
         for j in range(count):
             block = _layer(params[f"run{i}"], j)
-            out |= {f"{prefix}layers.{layer}.{name}": value for name, value in _block_weights(block, kind).items()}
+            out |= {f"{prefix}layers.{layer}.{name}": value for name, value in _block_weights(block, kind, xp).items()}
             layer += 1
     return out
 
@@ -146,27 +147,27 @@ def _layer(tree: Params, index: int) -> Params:
     return {k: _layer(v, index) if isinstance(v, dict) else v[index] for k, v in tree.items()}
 
 
-def _block_weights(block: Params, kind: str) -> dict[str, NDArray]:
+def _block_weights(block: Params, kind: str, xp: Any) -> dict[str, NDArray]:
     out = {"norm1.weight": block["mixer_norm"]["scale"]}
     if kind in "tT":
         kernels = {name: module["kernel"] for name, module in block["attention"].items()}
         d = kernels["q"].shape[0]
-        out["mixer.Wqkv.weight"] = np.concatenate([kernels[name].reshape(d, -1) for name in "qkv"], axis=1).T
+        out["mixer.Wqkv.weight"] = xp.concatenate([kernels[name].reshape(d, -1) for name in "qkv"], axis=1).T
         out["mixer.out_proj.weight"] = kernels["out"].reshape(-1, d).T
     else:
         m = block["mamba"]
         d, taps = m["z"]["kernel"].shape[0], m["conv_x"]["kernel"].shape[0]
         parts = [m[name]["kernel"].reshape(d, -1) for name in ("z", "x", "bc", "dt")]
         conv = [m[name]["kernel"].reshape(taps, -1) for name in ("conv_x", "conv_bc")]
-        out["mixer.in_proj.weight"] = np.concatenate(parts, axis=1).T
-        out["mixer.conv1d.weight"] = np.concatenate(conv, axis=1).T[:, None]
-        out["mixer.conv1d.bias"] = np.concatenate([m[name]["bias"].reshape(-1) for name in ("conv_x", "conv_bc")])
+        out["mixer.in_proj.weight"] = xp.concatenate(parts, axis=1).T
+        out["mixer.conv1d.weight"] = xp.concatenate(conv, axis=1).T[:, None]
+        out["mixer.conv1d.bias"] = xp.concatenate([m[name]["bias"].reshape(-1) for name in ("conv_x", "conv_bc")])
         out |= {f"mixer.{name}": m[name] for name in ("dt_bias", "A_log", "D")}
         out["mixer.norm.weight"] = m["norm"]["scale"].reshape(-1)
         out["mixer.out_proj.weight"] = m["out"]["kernel"].reshape(-1, d).T
     if kind.isupper():
         out["norm2.weight"] = block["mlp_norm"]["scale"]
-        out["mlp.fc1.weight"] = np.concatenate([block["mlp"][name]["kernel"] for name in ("up", "gate")], axis=1).T
+        out["mlp.fc1.weight"] = xp.concatenate([block["mlp"][name]["kernel"] for name in ("up", "gate")], axis=1).T
         out["mlp.fc2.weight"] = block["mlp"]["down"]["kernel"].T
     return out
 

@@ -1,9 +1,9 @@
 """Does this machine still give the reference numbers? Runs a saved case and compares.
 
-A case is a directory with config.json, weights.safetensors and io.safetensors. This version reads cases of the flat
-family: a weights directory's config.json, weights by our parameter paths, and in io.safetensors `inputs` [b, t],
-`targets`, `segments` (optional), `logits` [b, t, 257], `loss` (mean nats over positions with segment > 0), and
-`grad.<parameter>` of that loss.
+A case is a directory with config.json, weights.safetensors and io.safetensors. Cases of the flat family have a weights
+directory's config.json, weights by our parameter paths, and in io.safetensors `inputs` [b, t], `targets`, `segments`
+(optional), `logits` [b, t, 257], `loss` (mean nats over positions with segment > 0), and `grad.<parameter>` of that
+loss. Cases of H-Net have the reference's config.json and names (`parity_hnet.py`).
 """
 
 import math
@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from bytelm.checkpoint import CheckpointError
 from bytelm.config import ConfigError
+from bytelm.interop.parity_hnet import measure_hnet, need_tensors
+from bytelm.interop.published import is_model
 from bytelm.interop.weights import is_weights_dir, load_config
 from bytelm.models.build import structure
 from bytelm.parallel.rules import path_string
@@ -44,18 +46,15 @@ def run_case(case: Path, precision: str = "highest") -> dict[str, Any]:
         raise ConfigError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
     if not (case / "config.json").exists():
         raise CheckpointError(f"{case}: no config.json; a case holds config.json, weights.safetensors, io.safetensors")
-    if not is_weights_dir(case):
-        raise ConfigError(f"{case}: this version of bytelm runs parity cases of the flat family only")
-    config, _ = load_config(case)
     io, weights = _read(case / "io.safetensors"), _read(case / "weights.safetensors")
-    graph, shapes = structure(config)
-    params = jax.tree.map_with_path(lambda p, x: jnp.asarray(_take(weights, path_string(p), x.shape, case)), shapes)
-    for name in ("inputs", "logits", *(["targets"] if "loss" in io else [])):
-        if name not in io:
-            raise CheckpointError(f"{case}/io.safetensors: no tensor {name!r}")
     with jax.default_matmul_precision(precision):
-        measured = _measure(graph, params, io)
-    record: dict[str, Any] = {"family": config.family}
+        if is_weights_dir(case):
+            family, measured = "flat", _flat(case, io, weights)
+        elif is_model(case):
+            family, measured = "hnet", measure_hnet(case, io, weights)
+        else:
+            raise ConfigError(f"{case}: this version of bytelm runs parity cases of the flat family and of H-Net")
+    record: dict[str, Any] = {"family": family}
     keys = ("max_abs_logit_error", "max_abs_prob_error", "boundaries_equal", "max_abs_gate_error", "positions_equal",
             "greedy_equal", "max_abs_step_error", "loss_error", "max_rel_grad_error")  # fmt: skip
     record |= {key: measured.get(key) for key in keys}
@@ -84,6 +83,14 @@ def _take(weights: dict[str, np.ndarray], name: str, shape: tuple[int, ...], cas
         found = f"shape {list(weights[name].shape)}" if name in weights else "nothing"
         raise CheckpointError(f"{case}/weights.safetensors: {name} should have shape {list(shape)}, found {found}")
     return weights[name]
+
+
+def _flat(case: Path, io: dict[str, np.ndarray], weights: dict[str, np.ndarray]) -> dict[str, Any]:
+    config, _ = load_config(case)
+    graph, shapes = structure(config)
+    params = jax.tree.map_with_path(lambda p, x: jnp.asarray(_take(weights, path_string(p), x.shape, case)), shapes)
+    need_tensors(io, case, "inputs", "logits", *(["targets"] if "loss" in io else []))
+    return _measure(graph, params, io)
 
 
 def _measure(graph: nnx.GraphDef, params: Any, io: dict[str, np.ndarray]) -> dict[str, Any]:

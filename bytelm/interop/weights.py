@@ -1,19 +1,21 @@
 """Weights as a directory: config.json (with our marker) and model.safetensors, one tensor per parameter path."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bytelm.checkpoint import CheckpointError
 from bytelm.codec import from_dict, to_dict
-from bytelm.config import ConfigError, FlatConfig
-from bytelm.models.build import Params, structure
+from bytelm.config import ConfigError, ModelConfig
+from bytelm.models.build import Params
 from bytelm.parallel.rules import path_string
 
 MARKER = "bytelm-1"
@@ -28,27 +30,37 @@ def is_weights_dir(path: Path) -> bool:
         return False
 
 
-def save_weights(path: Path, config: FlatConfig, params: Params, context: int, dtype: str = "float32") -> None:
+def save_weights(path: Path, config: ModelConfig, params: Params, context: int, dtype: str = "float32") -> None:
     """Writes a weights directory. `context` is the row length the model was trained on. Raises ConfigError, OSError."""
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype {dtype!r}: choose {' or '.join(_DTYPES)}")
-    path.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        path_string(where): np.ascontiguousarray(np.asarray(leaf).astype(_DTYPES[dtype]))
-        for where, leaf in jax.tree.leaves_with_path(params)
-    }
-    temporary = path / "model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": MARKER})
-    temporary.replace(path / "model.safetensors")
+    tensors = {path_string(where): np.asarray(leaf) for where, leaf in jax.tree.leaves_with_path(params)}
+    write_tensors(path, tensors, dtype, metadata={"format": MARKER})
     record = {"bytelm_format": MARKER, "context": context, "model": to_dict(config)}
     (path / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def load_config(path: Path) -> tuple[FlatConfig, int]:
+def write_tensors(
+    path: Path,
+    tensors: dict[str, NDArray],
+    dtype: str,
+    *,
+    keep: Callable[[str], bool] = lambda _: False,
+    metadata: dict[str, str],
+) -> None:
+    """Writes model.safetensors into a folder, in `dtype` but for names that `keep` their own; whole or not at all."""
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r}: choose {' or '.join(_DTYPES)}")
+    path.mkdir(parents=True, exist_ok=True)
+    stored = {name: np.ascontiguousarray(x if keep(name) else x.astype(_DTYPES[dtype])) for name, x in tensors.items()}
+    temporary = path / "model.safetensors.tmp"
+    save_file(stored, temporary, metadata=metadata)
+    temporary.replace(path / "model.safetensors")
+
+
+def load_config(path: Path) -> tuple[ModelConfig, int]:
     """Model config and trained row length of a weights directory. Raises CheckpointError or ConfigError."""
     try:
         record = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return from_dict(FlatConfig, record["model"], "model"), int(record["context"])
+        return from_dict(ModelConfig, record["model"], "model"), int(record["context"])
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
         raise CheckpointError(f"{path}/config.json: not a readable bytelm model config: {e!r}") from None
 
@@ -78,11 +90,6 @@ def load_weights(path: Path, abstract: Params) -> Params:
             f"{file} does not fit its config: " + "; ".join(problems[:8]) + " ..." * (len(problems) > 8)
         )
     return jax.tree.map_with_path(lambda where, _: tensors[path_string(where)].astype(np.float32), abstract)
-
-
-def load_for(config: FlatConfig, path: Path) -> Params:
-    """`load_weights` for a model config."""
-    return load_weights(path, structure(config)[1])
 
 
 def shapes_match(a: Any, b: Any) -> list[str]:

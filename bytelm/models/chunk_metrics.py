@@ -37,9 +37,9 @@ def level_metrics(
 ) -> dict[str, Float[Array, ""]]:
     """Scalars of one level over all rows; `slots` is its capacity (None: nothing can be dropped).
 
-    bytes_per_chunk; length_pNN: percentiles of chunk lengths in bytes; dropped: boundaries without a slot, dropped_rows:
-    share of rows with any, need: `row_need`, used: share of the slots in use; at_space: share of boundaries whose byte
-    or the one before is ASCII white space; inside_character: share of boundaries at UTF-8 continuation bytes.
+    bytes_per_chunk; length_pNN: percentiles of chunk lengths in bytes; dropped: boundaries without a slot;
+    dropped_rows: share of rows with any; need: `row_need`; used: share of the slots in use; at_space: share of
+    boundaries whose byte or the one before is ASCII white space; inside_character: share at UTF-8 continuation bytes.
     """
     count = jnp.sum(level.boundary, axis=1)
     total = jnp.maximum(jnp.sum(count), 1).astype(jnp.float32)

@@ -83,9 +83,7 @@ def straight_through(confidence: Float[Array, "*b"]) -> Float[Array, "*b"]:
     return 1 + (confidence - jax.lax.stop_gradient(confidence))
 
 
-def ratio_loss(
-    fraction: Float[Array, ""], probability: Float[Array, ""], target: float
-) -> Float[Array, ""]:
+def ratio_loss(fraction: Float[Array, ""], probability: Float[Array, ""], target: float) -> Float[Array, ""]:
     """N / (N - 1) ((N - 1) F G + (1 - F)(1 - G)) (equation 10): F the fraction of boundaries, G the mean probability,
     N the elements per chunk to aim at. 1 at F = G = 1 / N. No gradient goes through F."""
     f = jax.lax.stop_gradient(fraction)

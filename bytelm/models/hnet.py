@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.config import HNetConfig
 from bytelm.models.base import Level, Output
+from bytelm.models.chunk_metrics import level_metrics
 from bytelm.models.chunking import (
     Routing,
     boundary_means,
@@ -29,7 +30,6 @@ from bytelm.models.chunking import (
     smooth_step,
     straight_through,
 )
-from bytelm.models.chunk_metrics import level_metrics
 from bytelm.nn.cache import StackCache
 from bytelm.nn.compaction import compact, expand, newest_slot, slot_positions
 from bytelm.nn.layers import Embedding, Linear, wide
@@ -251,7 +251,7 @@ class HNet(nnx.Module):
     def __init__(self, config: HNetConfig, *, rngs: nnx.Rngs):
         self.config = config
         d = config.d_model[0]
-        self.embed = Embedding(VOCABULARY, d, std=1.0, dtype=config.dtype, rngs=rngs)
+        self.embed = Embedding(VOCABULARY, d, std=config.embed_std, dtype=config.dtype, rngs=rngs)
         self.backbone = _make_stage(config, 0, d, 0, rngs)
         if not config.tie_embeddings:
             self.head = Linear((d,), (VOCABULARY,), std=config.init_std, dtype=config.dtype, rngs=rngs, widen=True)
@@ -295,6 +295,26 @@ class HNet(nnx.Module):
     def step(self, inputs: Int[Array, " b"], cache: Any) -> tuple[Float[Array, "b v"], Any]:
         """Logits after one more input per row."""
         y, cache = self.backbone.step(self.embed(inputs), cache, jnp.ones(inputs.shape, bool))
+        return self._logits(y), cache
+
+    def front(
+        self, inputs: Int[Array, " b"], cache: StageCache, active: Bool[Array, " b"]
+    ) -> tuple[Pending, StageCache]:
+        """The first half of a step of the active rows, up to the outermost router."""
+        assert isinstance(self.backbone, Stage)
+        return self.backbone.front(self.embed(inputs), cache, active)
+
+    def ask_inner(self, pending: Pending, cache: StageCache, rows: Bool[Array, " b"]) -> StageCache:
+        """Runs the inner network for rows that stand at a boundary."""
+        assert isinstance(self.backbone, Stage)
+        return self.backbone.ask_inner(pending, cache, rows)
+
+    def back(
+        self, pending: Pending, cache: StageCache, active: Bool[Array, " b"]
+    ) -> tuple[Float[Array, "b v"], StageCache]:
+        """The second half of a step of the active rows: logits."""
+        assert isinstance(self.backbone, Stage)
+        y, cache = self.backbone.back(pending, cache, active)
         return self._logits(y), cache
 
     def empty_cache(self, b: int, max_length: int) -> Any:

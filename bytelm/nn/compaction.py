@@ -1,8 +1,8 @@
-"""Moving the kept positions of each row into a fixed number of slots, and reading slots back: static shapes, no weights.
+"""Moving the kept positions of each row into a fixed number of slots, and reading slots back, in static shapes.
 
 Slot m of a row holds its m-th kept position; empty slots stand at the end. Kept positions beyond the last slot are
 dropped by position, so that what a row keeps never depends on what comes later in it. Positions are scattered as
-integers and vectors gathered once (specs of TPUs and CPUs alike favour that over sorting, top-k or one-hot products).
+integers and vectors gathered once, which is faster than sorting, top-k or one-hot products on CPU and TPU.
 """
 
 import jax

@@ -35,7 +35,10 @@ class Linear(nnx.Module):
         dims = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         kernel = self.kernel[...].astype(self.dtype)
         return jax.lax.dot_general(
-            x.astype(self.dtype), kernel, (dims, ((), ())), precision=self.precision,
+            x.astype(self.dtype),
+            kernel,
+            (dims, ((), ())),
+            precision=self.precision,
             preferred_element_type=self.output_dtype,
         )
 

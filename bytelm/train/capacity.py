@@ -36,6 +36,11 @@ def first_capacity(model: ModelConfig, row: int) -> Capacity:
     return tuple(out)
 
 
+def time_to_choose(model: ModelConfig, step: int) -> bool:
+    """Whether the slots are chosen anew after `step` steps."""
+    return isinstance(model, HNetConfig) and model.capacity.every > 0 and step % model.capacity.every == 0
+
+
 def next_capacity(model: ModelConfig, row: int, now: Capacity, need: Sequence[float]) -> Capacity:
     """Slots of each level given those of now and the slots that rows needed lately.
 

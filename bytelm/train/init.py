@@ -1,4 +1,4 @@
-"""Starting weights from another run or a weights directory (train.init_from)."""
+"""Starting weights from another run, a weights directory, or a published checkpoint (train.init_from)."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import jax
 
 from bytelm.checkpoint import CheckpointError, find_checkpoint, read_meta, restore_params, stored_config
 from bytelm.config import ConfigError
-from bytelm.interop.weights import is_weights_dir, load_config, load_for, shapes_match
+from bytelm.interop.published import is_model, open_model
+from bytelm.interop.weights import shapes_match
 from bytelm.models.build import Params, structure
 
 
@@ -17,8 +18,10 @@ def load_initial_params(source: str, abstract: Params) -> Params:
     """
     path = Path(source)
     try:
-        if is_weights_dir(path):
-            config, folder = load_config(path)[0], None
+        stored, folder = None, path
+        if is_model(path):
+            stored = open_model(path)
+            config = stored.config
         else:
             folder = path if (path / "meta").is_dir() else find_checkpoint(path)
             config = stored_config(read_meta(folder), str(folder)).model
@@ -29,6 +32,6 @@ def load_initial_params(source: str, abstract: Params) -> Params:
         raise ConfigError(
             f"train.init_from={source}: its weights do not fit this model (there / here): " + "; ".join(different[:6])
         )
-    if folder is None:
-        return jax.tree.map(lambda value, a: jax.device_put(value, a.sharding), load_for(config, path), abstract)
+    if stored is not None:
+        return jax.tree.map(lambda value, a: jax.device_put(value, a.sharding), stored.read(), abstract)
     return restore_params(folder, abstract)

@@ -13,24 +13,29 @@ import jax
 import numpy as np
 import yaml
 
+from bytelm.boundaries import Boundaries, text_boundaries
 from bytelm.checkpoint import Checkpoints, blocking_changes, make_meta, read_meta, stored_config
 from bytelm.codec import differences, dumps, to_dict
 from bytelm.config import Config, ConfigError
 from bytelm.data.pipeline import Batches, load_text
 from bytelm.data.sources import Corpus, DataError, cache_folder
 from bytelm.evals.bpb import BitsPerByte, bits_per_byte, first_bytes, window_scorer
+from bytelm.evals.chunk_history import ChunkHistory
 from bytelm.metrics import MetricsLog, git_commit, plot_losses, versions
 from bytelm.models.build import byte_ids, count_parameters
 from bytelm.models.flops import TRAIN_FACTOR, forward_flops
 from bytelm.parallel.mesh import check_rows, make_mesh
-from bytelm.train.capacity import Capacity, next_capacity
+from bytelm.train.capacity import Capacity, next_capacity, time_to_choose
 from bytelm.train.init import load_initial_params
 from bytelm.train.progress import Progress, amount, clock
 from bytelm.train.signals import stop_on_signal
 from bytelm.train.speed import Speed
 from bytelm.train.state import init_state, plan_state
 from bytelm.train.step import make_eval_step, make_train_step, place_batch
+from bytelm.vocab import complete_prefix
 from bytelm.windows import DEFAULT_WINDOW
+
+WATCHED_BYTES = 600  # of the held-out text, for the report on chunks
 
 
 class Interrupted(Exception):
@@ -109,8 +114,12 @@ def train(config: Config) -> Result:
         profile = stack.enter_context(_profiler(config, run_dir))
         stack.enter_context(progress)
 
+        watched = ChunkHistory(run_dir, step, _watched_text(config, heldout_text) if "chunks" in state else b"")
+
         def evaluate(max_bytes: int) -> BitsPerByte | None:
             nonlocal best
+            if watched.text and not watched.has(step):
+                watched.add(step, watch_chunks(config, mesh, eval_step, state["params"], watched.text))
             result = evaluate_text(config, mesh, eval_step, state["params"], heldout_text, max_bytes)
             if result is None:
                 return None
@@ -142,7 +151,7 @@ def train(config: Config) -> Result:
                 # XLA's CPU collectives deadlock when several steps of many fake devices are in flight on few cores.
                 jax.block_until_ready(metrics)
             step += 1
-            if capacity and config.model.capacity.every and step % config.model.capacity.every == 0:
+            if capacity and time_to_choose(config.model, step):
                 state, capacity = _choose_capacity(config, state, capacity, progress)
             seen += int(np.count_nonzero((batch["segments"] > 0) & (batch["targets"] != ids.end)))
             last = step == config.train.steps
@@ -157,7 +166,7 @@ def train(config: Config) -> Result:
                 record = _check(_numbers(metrics), step, checkpoints)
                 record |= speed.measure(step, seen)
                 log.write({"step": step, "bytes": seen, "loss": record.pop("nll"), **record})
-                progress.update(step, seen, record["bpb"], record.get("bytes_per_second"), record.get("seconds_left"))
+                progress.update(step, seen, record)
             if config.eval.every and step % config.eval.every == 0 and not last:
                 with speed.paused():
                     evaluate(config.eval.max_bytes)
@@ -178,6 +187,7 @@ def train(config: Config) -> Result:
             evaluate(config.eval.max_bytes)
         checkpoints.wait()
         plot_losses(log.path, run_dir / "loss.png")
+        watched.write_report(run_dir / "report.html", f"{run_dir.name}: chunks over the run", run_dir / "loss.png")
         seconds = time.monotonic() - began
         progress.note(f"done: {step} steps, {amount(seen)} seen, {clock(seconds)}; run in {run_dir}")
     return Result(run_dir, step, result, best, seconds)
@@ -199,6 +209,11 @@ def _choose_capacity(config: Config, state: Any, now: Capacity, progress: Progre
     return {**state, "chunks": {**chunks, "capacity": placed}}, chosen
 
 
+def _watched_text(config: Config, heldout: Corpus) -> bytes:
+    text = config.train.watch_text.encode() or b"".join(first_bytes(heldout, WATCHED_BYTES))
+    return text[: complete_prefix(text)]
+
+
 def _best_over(config: Config) -> list:
     """What the best held-out figure was measured on."""
     return [list(config.data.valid), config.data.valid_fraction, config.eval.max_bytes, config.eval.window]
@@ -210,16 +225,35 @@ def evaluate_text(
     """Held-out bits per byte of the current weights; None when there is no held-out text."""
     if len(text) == 0:
         return None
-    window = config.eval.window or min(config.data.seq_len, DEFAULT_WINDOW)
-    rows = config.eval.batch_size or config.data.batch_size
+    window, rows = _eval_shape(config)
 
     def logprobs(inputs, targets):
         placed = place_batch({"inputs": inputs, "targets": targets}, mesh)
-        return np.asarray(eval_step(params, placed["inputs"], placed["targets"]))
+        return np.asarray(eval_step(params, placed["inputs"], placed["targets"])[0])
 
     ids = byte_ids(config.model, config.data.reserved)
     score = window_scorer(logprobs, ids, window=window, batch_size=rows)
     return bits_per_byte(score, first_bytes(text, max_bytes), window)
+
+
+def _eval_shape(config: Config) -> tuple[int, int]:
+    """(bytes per row, rows) of an evaluation step."""
+    window = config.eval.window or min(config.data.seq_len, DEFAULT_WINDOW)
+    return window, config.eval.batch_size or config.data.batch_size
+
+
+def watch_chunks(config: Config, mesh: Any, eval_step: Any, params: Any, text: bytes) -> list[Boundaries]:
+    """Where the current weights cut a text; no levels for a model without chunks."""
+    window, rows = _eval_shape(config)
+
+    def levels_of(row):
+        inputs = np.zeros((rows, window), np.int32)
+        inputs[0, : len(row)] = row
+        placed = place_batch({"inputs": inputs, "targets": inputs}, mesh)
+        levels = eval_step(params, placed["inputs"], placed["targets"])[1]
+        return [jax.tree.map(lambda x: x[0], level) for level in jax.device_get(levels)]
+
+    return text_boundaries(levels_of, text, byte_ids(config.model, config.data.reserved), window)
 
 
 def enable_compilation_cache(config: Config | None = None) -> None:

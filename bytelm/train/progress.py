@@ -24,6 +24,16 @@ def amount(count: float) -> str:
     return f"{count:.4g} TB"
 
 
+def _chunks(record: dict[str, float]) -> str:
+    """Bytes per chunk of each level, and boundaries that found no slot."""
+    spans = [record[name] for level in range(9) if (name := f"level{level}/bytes_per_chunk") in record]
+    if not spans:
+        return ""
+    dropped = sum(value for name, value in record.items() if name.endswith("/dropped"))
+    lost = f", {dropped:.0f} dropped" if dropped else ""
+    return f"{' / '.join(f'{span:.1f}' for span in spans)} bytes/chunk{lost} · "
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Whoever read our output is gone (| head): the run goes on without a word."""
@@ -55,8 +65,10 @@ class Progress:
         """One line that stays."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def update(self, step: int, seen: int, bpb: float, rate: float | None, left: float | None) -> None:
-        """A training measurement; rate (bytes/s) and time left (s) may not be known yet."""
+    def update(self, step: int, seen: int, record: dict[str, float]) -> None:
+        """A training measurement: `bpb`; `bytes_per_second` and `seconds_left`, where known; of a model that chunks
+        `levelN/bytes_per_chunk` and `levelN/dropped`."""
+        bpb, rate, left = record["bpb"], record.get("bytes_per_second"), record.get("seconds_left")
         held = "  -  " if self._heldout is None else f"{self._heldout:.3f}"
         share = step / self.steps
         width = 20 if self.console.width >= 120 else 0
@@ -64,7 +76,7 @@ class Progress:
         pace = "compiled" if rate is None or left is None else f"{amount(rate)}/s · {clock(left)} left"
         line = (
             f"step {step:>{len(str(self.steps))}}/{self.steps} {bar}{amount(seen):>8} seen · "
-            f"train {bpb:.3f} · held-out {held} bits/byte · {pace}"
+            f"train {bpb:.3f} · held-out {held} bits/byte · {_chunks(record)}{pace}"
         )
         if self._live:
             self._live.update(Text(line))

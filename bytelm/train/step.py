@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from bytelm.config import Config
-from bytelm.models.base import Network
+from bytelm.models.base import Level, Network
 from bytelm.models.build import Params
 from bytelm.models.chunk_metrics import row_need
 from bytelm.parallel.mesh import shard, to_spec
@@ -87,12 +87,14 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
     return jax.jit(step, donate_argnums=0, static_argnums=2, out_shardings=(setup.shardings, None))
 
 
-def make_eval_step(config: Config, setup: Setup) -> Callable[[Params, Array, Array], Array]:
-    """(params, inputs, targets) -> ln p(target) [b, t] in float32; one document per row, padding at the end."""
+def make_eval_step(config: Config, setup: Setup) -> Callable[[Params, Array, Array], tuple[Array, tuple[Level, ...]]]:
+    """(params, inputs, targets) -> ln p(target) [b, t] in float32, and the chunking levels; one document per row,
+    padding at the end, all the chunk slots that can be needed."""
 
     def logprobs(params, inputs, targets):
         network = nnx.merge(setup.graph, cast_matrices(params, config.model.dtype))
-        return -token_nll(network(inputs).logits, targets)
+        out = network(inputs)
+        return -token_nll(out.logits, targets), out.levels
 
     return jax.jit(logprobs)
 

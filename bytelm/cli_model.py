@@ -1,0 +1,244 @@
+"""Commands about one model: sample, eval, chunks, convert, parity. Each returns an exit status."""
+
+import contextlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+import bytelm
+from bytelm import codec
+from bytelm.config import ConfigError, DataConfig
+from bytelm.vocab import complete_prefix
+
+EXIT_OK, EXIT_CHECK_FAILED = 0, 1
+COMPARE_LIMIT = 256 << 20  # bytes of training text that --compare is willing to compress
+
+PathArgument = tyro.conf.Positional[Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Lets a model write; the text streams as it is made."""
+
+    model: PathArgument  # run, checkpoint or weights directory
+    prompt: str = ""  # text to go on from; empty = the start of a document
+    prompt_file: Path | None = None  # read the prompt (any bytes) from this file instead
+    max_bytes: int = 400  # length of the continuation
+    temperature: float = 0.8  # 0 = always the most probable byte
+    top_k: int = 0  # only the k most probable bytes; 0 = all
+    top_p: float = 0.95  # only the most probable bytes that together reach this probability
+    stop: tuple[str, ...] = ()  # end in front of any of these
+    seed: int = 0  # same seed, same text
+    count: int = 1  # how many continuations
+    checkpoint: str = "latest"  # latest, best, or a step
+
+
+def sample(args: list[str]) -> int:
+    options = tyro.cli(SampleOptions, args=args, prog="bytelm sample")
+    prompt = (
+        options.prompt_file.read_bytes() if options.prompt_file else options.prompt.encode("utf-8", "surrogateescape")
+    )
+    lm = bytelm.load(options.model, checkpoint=options.checkpoint)
+    out = sys.stdout.buffer
+    settings: dict[str, Any] = {name: getattr(options, name) for name in ("max_bytes", "temperature", "top_k", "top_p")}
+    settings["stop"] = tuple(stop.encode("utf-8", "surrogateescape") for stop in options.stop)
+    for i in range(options.count):
+        if options.count > 1:
+            out.write(f"--- {i + 1} ---\n".encode())
+        out.write(prompt[: complete_prefix(prompt)])
+        pending = prompt[complete_prefix(prompt) :]
+        for piece in lm.stream(prompt, seed=options.seed + i, **settings):
+            out.write(pending + piece)
+            pending = b""
+            out.flush()
+        out.write(pending + b"\n")
+        out.flush()
+    return EXIT_OK
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Measures a model. Without --text, on the text its run held out."""
+
+    model: PathArgument  # run, checkpoint or weights directory
+    suite: Literal["bpb"] = "bpb"  # what to measure: bits per byte
+    text: tuple[str, ...] = ()  # files or globs (.txt, .jsonl, .gz, .zst, [a:b] slices)
+    text_field: str = "text"  # field of a jsonl record that holds the text
+    max_bytes: int = 0  # read at most this much; 0 = all
+    window: int = 0  # bytes of context; 0 = min(8192, the trained length)
+    compare: bool = False  # add compressor lines given the run's training text
+    checkpoint: str = "latest"  # latest, best, or a step
+    json: bool = False  # print one JSON object
+
+
+def evaluate(args: list[str]) -> int:
+    from bytelm.data.pipeline import load_text
+    from bytelm.data.sources import open_corpus
+    from bytelm.evals.bpb import bits_per_byte, first_bytes
+    from bytelm.evals.compressors import ppmd_given, xz_given
+    from bytelm.lm import NetworkLM
+
+    options = tyro.cli(EvalOptions, args=args, prog="bytelm eval")
+    if options.window < 0 or options.max_bytes < 0:
+        raise ConfigError("--window and --max-bytes must not be negative")
+    lm = bytelm.load(options.model, checkpoint=options.checkpoint)
+    if options.text:
+        text, name = open_corpus(options.text, text_field=options.text_field, where="--text"), ", ".join(options.text)
+    else:
+        data = _run_data(options.model)
+        text = load_text(data)[1]
+        name = ", ".join(data.valid) or f"held out of {', '.join(data.train)}"
+        if len(text) == 0:
+            raise ConfigError(f"{options.model}: the run held out no text: give --text FILE")
+    sources = load_text(_run_data(options.model))[0] if options.compare else []
+    window = options.window or lm.window
+    result = bits_per_byte(
+        lambda documents: [-s.total for s in lm.score_batch(documents, window=window)],
+        first_bytes(text, options.max_bytes),
+        window,
+    )
+    record: dict[str, Any] = {
+        "model": str(options.model), "family": lm.config.family if isinstance(lm, NetworkLM) else None,
+        "text": name, "bytes": result.bytes, "documents": result.documents, "window": window, "bpb": result.bpb,
+    }  # fmt: skip
+    lines = []
+    if options.compare:
+        size = sum(s.total_bytes for s in sources)
+        if size > COMPARE_LIMIT:
+            raise ConfigError(
+                f"--compare would compress {size:,} bytes of training text; it takes {COMPARE_LIMIT:,} at most"
+            )
+        train = b"".join(s.read(i) for s in sources for i in range(len(s)))
+        test = b"".join(first_bytes(text, options.max_bytes))
+        lines = [line for line in (xz_given(train, test), ppmd_given(train, test)) if line]
+        record["compressors"] = {line.name: line.bpb for line in lines}
+    if options.compare and not options.text:
+        _draw(options.model, record["compressors"])
+    if options.json:
+        print(json.dumps(record))
+        return EXIT_OK
+    print(f"{name}: {result.bytes:,} bytes in {result.documents} document(s), windows of {window}")
+    rows = [(str(options.model), result.bpb, "this model"), *((ln.name, ln.bpb, ln.source) for ln in lines)]
+    for label, bpb, remark in sorted(rows, key=lambda row: row[1]):
+        print(f"  {label:<28} {bpb:.4f} bits per byte   {remark}" if remark == "this model" else
+              f"  {label:<28} {bpb:.3f}  bits per byte   given the same training text; {remark}")  # fmt: skip
+    if options.compare and not any(line.name == "PPMd" for line in lines):
+        print("  (no PPMd line: pip install pyppmd to measure it for this text)")
+    return EXIT_OK
+
+
+def _run_data(run: Path) -> DataConfig:
+    """The data settings of a run directory."""
+    if not (run / "config.yaml").exists():
+        raise ConfigError(f"{run} is not a run directory, so its texts are not known: give --text FILE, no --compare")
+    return codec.load(run / "config.yaml").data
+
+
+def _draw(run: Path, lines: dict[str, float]) -> None:
+    """Draws the run's loss plot again, with the compressor lines."""
+    from bytelm.metrics import plot_losses
+
+    with contextlib.suppress(OSError):  # a run that may not be written to keeps its plot
+        plot_losses(run / "metrics.jsonl", run / "loss.png", lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunksOptions:
+    """Shows how a chunking model cuts a text: in colours, with figures of each level, or as an HTML page."""
+
+    model: PathArgument  # run, checkpoint or weights directory, or a published checkpoint
+    text: str = ""  # the text
+    file: Path | None = None  # read it (any bytes) from this file instead
+    max_bytes: int = 2000  # of the file; 0 = all
+    html: Path | None = None  # write a page with a hover card for every character
+    json: bool = False  # print boundaries and probabilities as one JSON object
+    reserved: Literal["error", "replace"] = "error"  # bytes the model keeps for itself: refuse, or show as U+FFFD
+    config: Path | None = None  # H-Net's config JSON, for a bare file of weights
+    checkpoint: str = "latest"  # latest, best, or a step
+
+
+def chunks(args: list[str]) -> int:
+    from rich.console import Console
+
+    from bytelm.evals.chunk_page import Snapshot, chunk_page
+    from bytelm.evals.chunk_view import print_chunks
+
+    options = tyro.cli(ChunksOptions, args=args, prog="bytelm chunks")
+    text = options.text.encode("utf-8", "surrogateescape")
+    if options.file is not None:
+        if text:
+            raise ConfigError("give --text or --file, not both")
+        text = options.file.read_bytes()
+        if 0 < options.max_bytes < len(text):
+            text = text[: options.max_bytes]
+            text = text[: complete_prefix(text)]
+    if not text:
+        raise ConfigError("no text to cut: give --text TEXT or --file FILE")
+    lm = bytelm.load(options.model, checkpoint=options.checkpoint, reserved=options.reserved, config=options.config)
+    levels = lm.boundaries(text)
+    if not levels:
+        raise ConfigError(f"{options.model}: this model reads bytes one by one; it has no chunks")
+    if options.html is not None:
+        page = chunk_page(text, [Snapshot("", levels)], f"Chunks of {options.model}")
+        options.html.write_text(page, encoding="utf-8")
+        print(options.html)
+    elif options.json:
+        print(json.dumps([{"offset": level.offset.tolist(), "probability": level.probability.tolist(),
+                           "cut": level.cut.tolist()} for level in levels]))  # fmt: skip
+    else:
+        print_chunks(text, levels, Console(highlight=False))
+    return EXIT_OK
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Writes a model's weights as safetensors + config.json, which `bytelm.load` reads back."""
+
+    source: PathArgument  # run, checkpoint, weights directory, or a published checkpoint (folder or .pt file)
+    target: PathArgument  # new folder
+    to: Literal["bytelm", "hnet"] = "bytelm"  # format of the result: ours, or H-Net's names and config
+    config: Path | None = None  # H-Net's config JSON, for a bare .pt or .safetensors file
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the stored tensors
+    checkpoint: str = "latest"  # latest, best, or a step
+
+
+def convert(args: list[str]) -> int:
+    from bytelm.interop.published import is_model, open_model, save_hnet
+    from bytelm.interop.weights import save_weights
+    from bytelm.lm import load_run
+
+    options = tyro.cli(ConvertOptions, args=args, prog="bytelm convert")
+    if options.target.exists() and any(options.target.iterdir() if options.target.is_dir() else [options.target]):
+        raise ConfigError(f"{options.target} is there and not empty: name a new folder")
+    if options.config is not None or is_model(options.source):
+        stored = open_model(options.source, options.config)
+        model, params, context = stored.config, stored.read(), stored.context
+    else:
+        config, params = load_run(options.source, options.checkpoint)
+        model, context = config.model, config.data.seq_len
+    if options.to == "hnet":
+        save_hnet(options.target, model, params, options.dtype)
+    else:
+        save_weights(options.target, model, params, context, options.dtype)
+    print(f"{options.target}: config.json, model.safetensors ({options.dtype})")
+    return EXIT_OK
+
+
+def parity(args: list[str]) -> int:
+    from bytelm.interop.parity import run_case
+
+    @dataclass(frozen=True, kw_only=True)
+    class ParityOptions:
+        """Runs a saved reference case on this machine's device and compares; exit status 1 when it is not ok."""
+
+        case: PathArgument  # directory with config.json, weights.safetensors, io.safetensors
+        precision: Annotated[str, tyro.conf.arg(help="matmul precision: highest, high, default")] = "highest"
+
+    options = tyro.cli(ParityOptions, args=args, prog="bytelm parity")
+    record = run_case(options.case, options.precision)
+    print(json.dumps(record))
+    return EXIT_OK if record["ok"] else EXIT_CHECK_FAILED
