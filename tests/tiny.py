@@ -8,11 +8,13 @@ import numpy as np
 from flax import nnx
 
 from bytelm.config import (
+    CapacityConfig,
     CheckpointConfig,
     Config,
     DataConfig,
     EvalConfig,
     FlatConfig,
+    HNetConfig,
     MeshConfig,
     OptimConfig,
     SSMConfig,
@@ -28,11 +30,21 @@ HYBRID = StackConfig(layout="m1T1", d_model=32, num_heads=4, num_kv_heads=4, d_m
 FULL = StackConfig(layout="T2", d_model=32, num_heads=4, num_kv_heads=2, d_mlp=48)
 
 
+def hnet(levels: int = 2, **fields) -> HNetConfig:
+    """A tiny H-Net whose heads divide by 4; all block kinds, windows, two widths."""
+    shape = {
+        1: dict(arch_layout="m1t1,[T1M1],T1m1", d_model=(32, 64), window=(7, 4), targets=(3.0,)),
+        2: dict(arch_layout="m1,[T1m1,[T1],m1T1],m1", d_model=(32, 32, 64), window=(0, 5, 0), targets=(3.0, 2.5)),
+    }[levels]
+    capacity = CapacityConfig(start=(1.0,), every=0, multiple=4)
+    return HNetConfig(**{**shape, "num_heads": (4,), "d_mlp": (64,), "ssm": SSM, "capacity": capacity, **fields})
+
+
 def flat(stack: StackConfig = HYBRID, **fields) -> FlatConfig:
     return FlatConfig(stack=stack, **fields)
 
 
-def network(config: FlatConfig, seed: int = 0, scale: float = 5.0):
+def network(config: FlatConfig | HNetConfig, seed: int = 0, scale: float = 5.0):
     """A network with larger weights than fresh ones and norms and biases off 1 and 0, so that every path matters."""
     graph, _ = structure(config)
     params = init_params(config, jax.random.key(seed))
@@ -40,6 +52,8 @@ def network(config: FlatConfig, seed: int = 0, scale: float = 5.0):
 
     def enlarge(path, p):
         name = path_string(path)
+        if "router/" in name or "residual/kernel" in name:  # identity and zero at first
+            return p + jnp.asarray(0.15 * rng.standard_normal(p.shape), jnp.float32)
         if name.endswith(("kernel", "table")) and "conv" not in name:
             return p * scale
         return p + jnp.asarray(0.1 * rng.standard_normal(p.shape), jnp.float32)

@@ -104,10 +104,10 @@ def params_from(weights: Weights, config: HNetConfig) -> Params:
     return params
 
 
-def state_dict(params: Params, config: HNetConfig, xp: Any = np) -> dict[str, NDArray]:
+def state_dict(params: Params, config: HNetConfig, xp: Any = np) -> dict[str, Any]:
     """A state dict in the reference's names and shapes from our parameters: the inverse of `params_from`. `xp` is the
     array module that the parameters are of (jax.numpy under eval_shape)."""
-    out: dict[str, NDArray] = {"embeddings.weight": params["embed"]["table"]}
+    out: dict[str, Any] = {"embeddings.weight": params["embed"]["table"]}
     node = params["backbone"]
     for s in range(config.levels + 1):
         prefix = "backbone." + "main_network." * s
@@ -132,7 +132,7 @@ def keeps_float32(name: str) -> bool:
     return name.endswith("mixer.D") or "residual_proj" in name
 
 
-def _stack_weights(params: Params, prefix: str, config: StackConfig, xp: Any) -> dict[str, NDArray]:
+def _stack_weights(params: Params, prefix: str, config: StackConfig, xp: Any) -> dict[str, Any]:
     out = {prefix + "rmsnorm.weight": params["norm"]["scale"]}
     layer = 0
     for i, (kind, count) in enumerate(parse_layout(config.layout)):
@@ -147,7 +147,7 @@ def _layer(tree: Params, index: int) -> Params:
     return {k: _layer(v, index) if isinstance(v, dict) else v[index] for k, v in tree.items()}
 
 
-def _block_weights(block: Params, kind: str, xp: Any) -> dict[str, NDArray]:
+def _block_weights(block: Params, kind: str, xp: Any) -> dict[str, Any]:
     out = {"norm1.weight": block["mixer_norm"]["scale"]}
     if kind in "tT":
         kernels = {name: module["kernel"] for name, module in block["attention"].items()}

@@ -45,7 +45,7 @@ def measure_hnet(case: Path, io: Tensors, weights: Tensors) -> dict[str, Any]:
     scored = np.concatenate([mask[:, 1:], np.zeros_like(mask[:, :1])], axis=1)  # positions with a next byte
 
     def loss(params):
-        out = nnx.merge(graph, params)(ids, mask.astype(np.int32))
+        out = nnx.merge(graph, params)(jnp.asarray(ids), jnp.asarray(mask, jnp.int32))
         nll = token_nll(out.logits, jnp.asarray(targets))
         return jnp.sum(jnp.where(scored, nll, 0)) / scored.sum() + out.aux_loss, (out, nll)
 
@@ -99,7 +99,7 @@ def _step_error(graph: nnx.GraphDef, params: Any, ids: np.ndarray, mask: np.ndar
     @jax.jit
     def stepped(params):
         network = nnx.merge(graph, params)
-        _, logits = jax.lax.scan(lambda cache, x: network.step(x, cache)[::-1], network.empty_cache(b, t), ids.T)
+        _, logits = jax.lax.scan(lambda cache, x: network.step(x, cache)[::-1], network.empty_cache(b, t), jnp.asarray(ids.T))
         return jnp.swapaxes(logits, 0, 1)
 
     @jax.jit

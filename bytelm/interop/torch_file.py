@@ -126,8 +126,9 @@ class TorchFile(Mapping[str, NDArray]):
             ) from None
         except Exception as e:  # a hostile or damaged pickle can raise anything
             raise CheckpointError(f"{path}: refused: {e}") from None
-        while isinstance(content, dict) and set(content) & {"state_dict", "model"} and not _is_tensors(content):
-            content = content.get("state_dict", content.get("model"))
+        for key in ("state_dict", "model"):  # a training checkpoint with the weights inside
+            if isinstance(content, dict) and key in content and not _is_tensors(content):
+                content = content[key]
         if not _is_tensors(content):
             raise CheckpointError(f"{path}: holds no state dict (a mapping of names to tensors)")
         self._tensors: dict[str, StoredTensor] = dict(content)

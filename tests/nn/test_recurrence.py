@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm.nn.recurrence import causal_conv, ssd, ssd_sequential, ssd_step
+from bytelm.nn.recurrence import causal_conv, linear_scan, ssd, ssd_sequential, ssd_step
 
 
 def problem(t, seed=0, b=2, h=3, p=4, n=5):
@@ -99,3 +99,44 @@ def test_conv_equals_numpy(x64):
 def test_conv_shorter_than_its_kernel():
     x = jnp.ones((1, 2, 1))
     np.testing.assert_allclose(causal_conv(x, jnp.ones((4, 1)), jnp.zeros(1))[0, :, 0], [1, 2])
+
+
+def scan_twin(decay, x):
+    out, h = np.zeros_like(x), np.zeros((len(x), x.shape[-1]))
+    for t in range(x.shape[1]):
+        h = decay[:, t, None] * h + x[:, t]
+        out[:, t] = h
+    return out
+
+
+@pytest.mark.parametrize("form", ["scan", "blocked"])
+@pytest.mark.parametrize("t,block", [(1, 4), (7, 4), (12, 4), (13, 64)])
+def test_linear_scan_equals_numpy_twin(x64, form, t, block):
+    rng = np.random.default_rng(t)
+    decay, x, g = rng.random((2, t)), rng.standard_normal((2, t, 3)), rng.standard_normal((2, t, 3))
+    decay[0, t // 2], decay[1, 0] = 0, 0  # new stretches
+    run = lambda a, u: linear_scan(a, u, form=form, block=block)  # noqa: E731
+    np.testing.assert_allclose(run(jnp.asarray(decay), jnp.asarray(x)), scan_twin(decay, x), atol=1e-12)
+    grads = jax.grad(lambda a, u: jnp.vdot(run(a, u), g), argnums=(0, 1))(jnp.asarray(decay), jnp.asarray(x))
+
+    def loss(a, u):
+        return (scan_twin(a, u) * g).sum()
+
+    for which, got in enumerate(grads):
+        for index in np.ndindex(got.shape):
+            arguments = [[decay.copy(), x.copy()] for _ in range(2)]
+            arguments[0][which][index] += 1e-6
+            arguments[1][which][index] -= 1e-6
+            numeric = (loss(*arguments[0]) - loss(*arguments[1])) / 2e-6
+            np.testing.assert_allclose(got[index], numeric, atol=1e-7)
+
+
+def test_linear_scan_stays_exact_where_decay_is_extreme():
+    """Decays of 1e-4 in a row: sums of logarithms reach -600 within a block."""
+    rng = np.random.default_rng(0)
+    decay = np.where(rng.random((2, 300)) < 0.5, 1e-4, 0.9999).astype(np.float32)
+    x = rng.standard_normal((2, 300, 4)).astype(np.float32)
+    want = scan_twin(decay.astype(np.float64), x.astype(np.float64))
+    for form, limit in (("scan", 2e-6), ("blocked", 1e-4)):
+        got = linear_scan(jnp.asarray(decay), jnp.asarray(x), form=form)
+        assert np.abs(got - want).max() / np.abs(want).max() < limit, form
