@@ -1,7 +1,7 @@
 """Chunk boundaries of a text: read from a network window by window, and counted. Pure numpy."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -26,14 +26,28 @@ class Boundaries:
         return self.offset[self.cut]
 
 
+@dataclass(frozen=True)
+class LevelRow:
+    """One row of a network's chunking level (`models.base.Level`), on the host: each [c]."""
+
+    position: NDArray[np.int32]
+    valid: NDArray[np.bool_]
+    probability: NDArray[np.floating]
+    boundary: NDArray[np.bool_]
+
+
+def first_rows(levels: Sequence[Any]) -> list[LevelRow]:
+    """The first row of each level of a forward pass."""
+    return [LevelRow(*(np.asarray(getattr(level, f.name)[0]) for f in fields(LevelRow))) for level in levels]
+
+
 def text_boundaries(
-    levels_of: Callable[[NDArray[np.int32]], Sequence[Any]], text: bytes, ids: ByteIds, window: int
+    levels_of: Callable[[NDArray[np.int32]], Sequence[LevelRow]], text: bytes, ids: ByteIds, window: int
 ) -> list[Boundaries]:
     """Boundaries of a text at each level, outermost first.
 
-    `levels_of` gives, for one row of input ids, the levels of a forward pass over it: `position`, `valid`,
-    `probability` and `boundary`, each [c], of a row that may be padded on the right. Texts longer than `window` are
-    read in windows that overlap by half. Offsets are of the caller's text also where reserved bytes were replaced.
+    `levels_of` gives, for one row of input ids, the levels of a forward pass over it, padded on the right or not.
+    Texts longer than `window` are read in windows that overlap by half. Offsets are of the caller's text also where reserved bytes were replaced.
     """
     cleaned = ids.clean(text)
     widths = np.ones(len(text), np.int64)

@@ -121,9 +121,9 @@ def _decode_waiting(graph, params, alphabet, cache, logits, keys, drawn, samplin
                 "pending": pending, "waiting": waiting & ~fire}  # fmt: skip
 
     nobody = jnp.zeros(b, bool)
-    shapes = jax.eval_shape(lambda c: network.front(jnp.zeros(b, jnp.int32), c, nobody)[0], cache)
+    pending, _ = network.front(jnp.zeros(b, jnp.int32), cache, nobody)  # of no use but for its shapes
     state = {"cache": cache, "logits": logits, "out": jnp.zeros((b, steps), jnp.int32), "waiting": nobody,
-             "pending": jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+             "pending": pending,
              "count": jnp.zeros(b, jnp.int32)}  # fmt: skip
     state = jax.lax.while_loop(unfinished, tick, state)
     return state["out"], state["cache"], state["logits"]

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from bytelm.boundaries import Boundaries, text_boundaries
+from bytelm.boundaries import Boundaries, first_rows, text_boundaries
 from bytelm.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -266,10 +266,7 @@ class NetworkLM(ByteLM):
     def boundaries(self, text: Text) -> list[Boundaries]:
         def levels_of(row: NDArray[np.int32]):
             inputs, _ = pad_rows([row], 1, bucket(len(row), 32))
-            return [
-                jax.tree.map(lambda x: x[0], level)
-                for level in jax.device_get(_levels(self.graph, self.params, inputs))
-            ]
+            return first_rows(_levels(self.graph, self.params, inputs))
 
         return text_boundaries(levels_of, encode(text), self.ids, self.window)
 

@@ -1,7 +1,8 @@
 """Makes tests/golden/hnet_pt with torch.save: needs torch, safetensors and numpy only (extra `reference`).
 
-- hnet_<name>.pt and .json for each published H-Net: its whole key list at reduced widths. To stay small, every tensor is
-  a view of one shared storage: tensor i is POOL[offset_i:][:size] in the order of the state dict, offset_i = 37 i mod 997.
+- hnet_<name>.pt and .json for each published H-Net: its whole key list at reduced widths. To stay small, every tensor
+  is a view of one shared storage: tensor i is POOL[offset_i:][:size] in the order of the state dict, and
+  offset_i = 37 i mod 997.
 - small.pt and small.json: the weights of tests/golden/hnet_batch3_ragged in bfloat16, each with a storage of its own.
 """
 

@@ -99,7 +99,9 @@ def _step_error(graph: nnx.GraphDef, params: Any, ids: np.ndarray, mask: np.ndar
     @jax.jit
     def stepped(params):
         network = nnx.merge(graph, params)
-        _, logits = jax.lax.scan(lambda cache, x: network.step(x, cache)[::-1], network.empty_cache(b, t), jnp.asarray(ids.T))
+        _, logits = jax.lax.scan(
+            lambda cache, x: network.step(x, cache)[::-1], network.empty_cache(b, t), jnp.asarray(ids.T)
+        )
         return jnp.swapaxes(logits, 0, 1)
 
     @jax.jit

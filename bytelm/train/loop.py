@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import yaml
 
-from bytelm.boundaries import Boundaries, text_boundaries
+from bytelm.boundaries import Boundaries, first_rows, text_boundaries
 from bytelm.checkpoint import Checkpoints, blocking_changes, make_meta, read_meta, stored_config
 from bytelm.codec import differences, dumps, to_dict
 from bytelm.config import Config, ConfigError
@@ -250,8 +250,7 @@ def watch_chunks(config: Config, mesh: Any, eval_step: Any, params: Any, text: b
         inputs = np.zeros((rows, window), np.int32)
         inputs[0, : len(row)] = row
         placed = place_batch({"inputs": inputs, "targets": inputs}, mesh)
-        levels = eval_step(params, placed["inputs"], placed["targets"])[1]
-        return [jax.tree.map(lambda x: x[0], level) for level in jax.device_get(levels)]
+        return first_rows(eval_step(params, placed["inputs"], placed["targets"])[1])
 
     return text_boundaries(levels_of, text, byte_ids(config.model, config.data.reserved), window)
 

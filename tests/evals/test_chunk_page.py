@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bytelm.boundaries import Boundaries, chunk_stats, text_boundaries
+from bytelm.boundaries import Boundaries, LevelRow, chunk_stats, text_boundaries
 from bytelm.evals.chunk_history import ChunkHistory
 from bytelm.evals.chunk_page import Snapshot, characters, chunk_page, level_rows
 from bytelm.evals.chunk_view import print_chunks
@@ -87,13 +87,11 @@ def test_history_goes_on_after_a_resume(tmp_path):
 def test_windows_overlap_and_offsets_stay_the_callers():
     """A stand-in network that cuts where the id is a multiple of five, whatever the window."""
 
-    class Level:
-        def __init__(self, row):
-            self.position, self.valid = np.arange(len(row) + 3), np.ones(len(row) + 3, bool)  # padded
-            padded = np.append(row, [0, 0, 0])
-            self.boundary, self.probability = padded % 5 == 0, padded / 256
+    def levels_of(row):
+        padded, n = np.append(row, [0, 0, 0]), len(row) + 3
+        return [LevelRow(np.arange(n, dtype=np.int32), np.ones(n, bool), padded / 256, padded % 5 == 0)]
 
     text = bytes(range(100, 200))
-    (found,) = text_boundaries(lambda row: [Level(row)], text, HNET_IDS, window=16)
+    (found,) = text_boundaries(levels_of, text, HNET_IDS, window=16)
     assert found.offset.tolist() == list(range(100)) and found.starts.tolist() == list(range(0, 100, 5))
-    assert text_boundaries(lambda row: [Level(row)], b"", HNET_IDS, window=16)[0].offset.size == 0
+    assert text_boundaries(levels_of, b"", HNET_IDS, window=16)[0].offset.size == 0

@@ -1,4 +1,4 @@
-"""Published H-Net checkpoints: every key of every size, files written by torch.save, hostile files, and the way back."""
+"""Published H-Net checkpoints: every key of every size, files written by torch.save, hostile ones, and the way back."""
 
 import collections
 import io
@@ -236,7 +236,8 @@ def test_a_file_made_by_hand_reads(tmp_path):
     [
         ("os", "system", ("touch PWNED",)), ("posix", "system", ("touch PWNED",)),
         ("builtins", "eval", ("open('PWNED', 'w')",)), ("builtins", "getattr", (object, "__class__")),
-        ("subprocess", "Popen", (["touch", "PWNED"],)), ("torch", "load", ("x",)), ("torch._utils", "_rebuild_tensor", ()),
+        ("subprocess", "Popen", (["touch", "PWNED"],)), ("torch", "load", ("x",)),
+        ("torch._utils", "_rebuild_tensor", ()),
         ("numpy.core.multiarray", "_reconstruct", (1,)), ("bytelm.interop.torch_file", "TorchFile", ("x",)),
         ("omegaconfx", "ListConfig", (1,)), ("collections", "namedtuple", ("a", "b")),
     ],

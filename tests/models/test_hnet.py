@@ -1,4 +1,4 @@
-"""H-Net: what must not change its result, causality at every level, capacity, packing, steps, gradients, start values."""
+"""H-Net: what must not change its result, causality at all levels, capacity, packing, steps, gradients, init."""
 
 import dataclasses
 
@@ -73,7 +73,7 @@ def test_any_sufficient_capacity_gives_the_same_result(levels):
 
 @pytest.mark.parametrize("levels,capacity", [(1, None), (2, None), (2, 6)])
 def test_causality_is_bit_exact_at_all_levels(levels, capacity):
-    """Changing byte t changes nothing before it: logits, probabilities, boundaries, with slots to spare or far too few."""
+    """Changing byte t changes nothing before it: logits, probabilities, boundaries; with slots to spare or too few."""
     model = MODELS[levels][0]
     slots = None if capacity is None else (capacity, max(capacity - 1, 2))[:levels]
     ids = text(b=2)
@@ -243,7 +243,9 @@ def test_bfloat16_is_close(model):
 
 def test_start_values_are_the_references():
     """Spec of the reference's init: std of each kind, 1 / sqrt(residual additions so far), identity routers."""
-    config = hnet(2, arch_layout="m2,[T1m2,[T3],m2T1],m2", d_model=(64, 64, 128), ssm=SSMConfig(d_state=64, head_dim=16))
+    config = hnet(
+        2, arch_layout="m2,[T1m2,[T3],m2T1],m2", d_model=(64, 64, 128), ssm=SSMConfig(d_state=64, head_dim=16)
+    )
     p = by_path(init_params(config, jax.random.key(0)))
     # additions: stage 0: 4; stage 1: 4 + 8; stage 2: 12 + 6
     for name, std in (
@@ -282,7 +284,9 @@ def test_stages_and_decay_groups():
     assert "backbone/inner/residual/bias" in by_stage[1]
     assert "backbone/inner/inner/pad" in by_stage[2] and all("/main/" in n or "pad" in n for n in by_stage[2])
     kept = {n for n in names if not reference_decays(n)}
-    assert kept == {n for n in names if n.endswith(("conv_x/bias", "conv_bc/bias", "residual/bias", "mamba/norm/scale"))}
+    assert kept == {
+        n for n in names if n.endswith(("conv_x/bias", "conv_bc/bias", "residual/bias", "mamba/norm/scale"))
+    }
 
 
 def test_no_levels_is_one_stack():
