@@ -47,7 +47,8 @@ def text_boundaries(
     """Boundaries of a text at each level, outermost first.
 
     `levels_of` gives, for one row of input ids, the levels of a forward pass over it, padded on the right or not.
-    Texts longer than `window` are read in windows that overlap by half. Offsets are of the caller's text also where reserved bytes were replaced.
+    Texts longer than `window` are read in windows that overlap by half. Offsets are of the caller's text, also where
+    reserved bytes were replaced.
     """
     cleaned = ids.clean(text)
     widths = np.ones(len(text), np.int64)

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import shutil
 
-import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 import bytelm
 from bytelm.checkpoint import find_checkpoint, list_steps, restore_params
@@ -17,9 +19,13 @@ from bytelm.data.pipeline import Batches, load_text
 from bytelm.data.sources import DataError
 from bytelm.metrics import read_metrics
 from bytelm.models.build import byte_ids, structure
+from bytelm.models.hnet_recipe import lr_multipliers
 from bytelm.parallel.mesh import make_mesh
+from bytelm.parallel.rules import path_string
 from bytelm.train import step as step_module
 from bytelm.train.loop import train
+from bytelm.train.losses import token_nll
+from bytelm.train.optim import decay_mask, lr_factors
 from bytelm.train.state import init_state, plan_state
 from bytelm.train.step import make_train_step, place_batch
 from tiny import hnet, run_config
@@ -87,8 +93,6 @@ def test_one_compilation_for_each_capacity(tmp_path, monkeypatch):
 
     def recording(config, setup):
         step = make(config, setup)
-        limited = chex.assert_max_traces(lambda state, batch, capacity: None, n=99)
-        assert limited is not None
 
         def call(state, batch, capacity):
             used.append(capacity)
@@ -116,8 +120,6 @@ def test_resume_is_bit_identical_with_chunk_statistics(tmp_path):
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")
     saved = []
     for run in ("whole", "part"):
-        import orbax.checkpoint as ocp
-
         with ocp.PyTreeCheckpointer() as reader:
             saved.append(reader.restore((find_checkpoint(tmp_path / run) / "rest").resolve())["chunks"])
     np.testing.assert_array_equal(saved[0]["need"], saved[1]["need"])
@@ -166,6 +168,7 @@ def test_accumulation_averages_the_losses(tmp_path):
     assert float(metrics["level0/dropped"]) == sum(float(m["level0/dropped"]) for _, m in parts)
 
 
+@pytest.mark.slow
 def test_fine_tuning_from_a_published_checkpoint(root, tmp_path):
     """train.init_from takes the reference's files, and the first loss is that of those weights."""
     source = tmp_path / "published"
@@ -186,11 +189,8 @@ def test_fine_tuning_from_a_published_checkpoint(root, tmp_path):
     assert losses(scratch)[1] != first["published"][1]
     config = hnet_run(tmp_path / "run_published", model=model)
     sources, _ = load_text(config.data)
-    batch = next(Batches(sources, config.data, byte_ids(model), seed=0))
+    batch = {k: jnp.asarray(v) for k, v in next(Batches(sources, config.data, byte_ids(model), seed=0)).items()}
     lm = bytelm.load(source)
-    from flax import nnx
-
-    from bytelm.train.losses import token_nll
 
     out = nnx.merge(lm.graph, lm.params)(batch["inputs"], batch["segments"])
     mean = float(token_nll(out.logits, batch["targets"])[batch["segments"] > 0].mean())
@@ -212,6 +212,7 @@ def test_reserved_bytes_in_the_text(tmp_path):
         train(hnet_run(tmp_path / "c", data=data | {"reserved": "replace", "packing": "best_fit"}))
 
 
+@pytest.mark.slow
 def test_overfits_one_batch(tmp_path):
     """Loss goes far down on one repeated row, and the ratio loss pulls the boundaries towards the target."""
     text = tmp_path / "t.txt"
@@ -227,17 +228,12 @@ def test_overfits_one_batch(tmp_path):
 @pytest.mark.parametrize("decay", ["patterns", "hnet_reference"])
 def test_decay_and_stage_rates_in_the_optimizer(decay):
     config = hnet_run("x", levels=2, optim={"decay": decay, "lr_multipliers": (("head", 7.0),)})
-    from bytelm.parallel.rules import path_string
-    from bytelm.train.optim import decay_mask, lr_factors
-
     params = structure(config.model)[1]
     named = lambda tree: {path_string(p): v for p, v in jax.tree.leaves_with_path(tree)}  # noqa: E731
     mask, factors = named(decay_mask(config.optim, params)), named(lr_factors(config.optim, params, config.model))
     norm = "backbone/inner/encoder/run0/mixer_norm/scale"
     assert mask["backbone/encoder/run0/mamba/x/kernel"] and not mask["backbone/residual/bias"]
     assert mask[norm] == mask["embed/table"] == mask["backbone/inner/inner/pad"] == (decay == "hnet_reference")
-    from bytelm.models.hnet_recipe import lr_multipliers
-
     outer, middle, inner = lr_multipliers(config.model)
     assert factors["head/kernel"] == 7.0 and factors["embed/table"] == outer and factors[norm] == middle
     assert factors["backbone/inner/inner/main/norm/scale"] == inner == factors["backbone/inner/inner/pad"]
