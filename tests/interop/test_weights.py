@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from bytelm.interop.weights import is_weights_dir, load_config, load_for, save_weights
+from bytelm.interop.published import open_model
+from bytelm.interop.weights import is_weights_dir, load_config, save_weights
 from bytelm.lm import NetworkLM, load
 from tiny import flat, network
 
@@ -23,7 +24,7 @@ def saved(tmp_path):
 def test_round_trip(saved):
     path, config, params = saved
     assert is_weights_dir(path) and load_config(path) == (config, 48)
-    jax.tree.map(np.testing.assert_array_equal, load_for(config, path), jax.tree.map(np.asarray, params))
+    jax.tree.map(np.testing.assert_array_equal, open_model(path).read(), jax.tree.map(np.asarray, params))
     lm = load(path)
     assert isinstance(lm, NetworkLM) and lm.window == 48
     np.testing.assert_allclose(lm.logprobs(b"ab"), NetworkLM(config, params, 48).logprobs(b"ab"), atol=1e-6)
@@ -33,7 +34,7 @@ def test_round_trip(saved):
 def test_bfloat16_tensors(saved, tmp_path):
     _, config, params = saved
     save_weights(tmp_path / "b", config, params, context=48, dtype="bfloat16")
-    back = load_for(config, tmp_path / "b")
+    back = open_model(tmp_path / "b").read()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), back, jax.tree.map(np.asarray, params))
     assert (tmp_path / "b/model.safetensors").stat().st_size < 0.6 * (saved[0] / "model.safetensors").stat().st_size
 
@@ -48,7 +49,7 @@ def test_damage_is_named(saved):
         ValueError,
         match=r"missing stack/norm/scale; unknown extra; embed/table has shape \[5, 32\], the config says \[384, 32\]",
     ):
-        load_for(config, path)
+        open_model(path).read()
     (path / "model.safetensors").write_bytes(b"garbage" * 9)
     with pytest.raises(ValueError, match="cannot be read"):
         load(path)
