@@ -11,6 +11,7 @@ from bytelm.config import (
     ConfigError,
     DataConfig,
     FlatConfig,
+    HNetConfig,
     MeshConfig,
     OptimConfig,
     StackConfig,
@@ -28,6 +29,10 @@ def test_round_trip_of_a_full_config():
     )
     assert codec.loads(codec.dumps(config)) == config
     assert codec.loads("") == Config()
+    hnet = Config(model=HNetConfig(arch_layout="m4,[T1m4,[T2],m4T1],m4", d_model=(64, 64, 128), targets=(3.0, 3.0)))
+    assert codec.loads(codec.dumps(hnet)) == hnet
+    with pytest.raises(ConfigError, match="model.family: unknown value 'hnett'; did you mean 'hnet'"):
+        codec.loads("model: {family: hnett}")
 
 
 @given(st.floats(1e-12, 1e6), st.text(max_size=12), st.booleans())

@@ -69,7 +69,7 @@ def test_cached_steps_are_checked_where_rows_hold_one_document(case):
     "spoil,message",
     [
         (lambda c: (c / "config.json").unlink(), "no config.json"),
-        (lambda c: (c / "config.json").write_text("{"), "flat family only"),
+        (lambda c: (c / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda c: (c / "weights.safetensors").write_bytes(b"x" * 99), "weights.safetensors: cannot be read"),
         (
             lambda c: tamper(c / "weights.safetensors", "embed/table", lambda w: w[:, :-1]),

@@ -40,7 +40,7 @@ def test_bfloat16_tensors(saved, tmp_path):
 
 
 def test_damage_is_named(saved):
-    path, config, _ = saved
+    path, _, _ = saved
     tensors = load_file(path / "model.safetensors")
     wrong = {k: v for k, v in tensors.items() if k != "stack/norm/scale"} | {"extra": np.zeros(1)}
     wrong["embed/table"] = wrong["embed/table"][:5]
