@@ -152,7 +152,18 @@ def load(path: str | Path, cls: Any = Config) -> Any:
 
 def dumps(config: Any) -> str:
     """Writes a config as YAML that `loads` reads back to an equal config."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+    data = to_dict(config)
+    # PyYAML writes these line separators as they are and reads them back as something else: then everything is escaped.
+    plain = not any(mark in text for text in _strings(data) for mark in "\x85\u2028\u2029")
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=plain, width=120)
+
+
+def _strings(data: Any) -> list[str]:
+    if isinstance(data, dict):
+        return [text for value in data.values() for text in _strings(value)]
+    if isinstance(data, list):
+        return [text for value in data for text in _strings(value)]
+    return [data] if isinstance(data, str) else []
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
