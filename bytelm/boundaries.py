@@ -64,7 +64,15 @@ def text_boundaries(
             keep = level.valid & (level.position < len(inputs)) & (byte >= new)
             out.append((byte[keep], level.probability[keep], level.boundary[keep]))
     joined = [[np.concatenate(part) for part in zip(*out)] for out in found]
-    return [Boundaries(origin[byte], np.asarray(p, np.float64), cut) for byte, p, cut in joined]
+    return [_one_place_a_byte(origin[byte], np.asarray(p, np.float64), cut) for byte, p, cut in joined]
+
+
+def _one_place_a_byte(offset: NDArray, probability: NDArray, cut: NDArray) -> Boundaries:
+    """Boundaries with each offset once: a replaced byte is cut where any byte in its place is."""
+    if not len(offset) or (np.diff(offset) > 0).all():
+        return Boundaries(offset, probability, cut)
+    first = np.flatnonzero(np.diff(offset, prepend=-1) > 0)
+    return Boundaries(offset[first], np.maximum.reduceat(probability, first), np.logical_or.reduceat(cut, first))
 
 
 @dataclass(frozen=True)

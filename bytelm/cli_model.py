@@ -34,6 +34,8 @@ class SampleOptions:
     stop: tuple[str, ...] = ()  # end in front of any of these
     seed: int = 0  # same seed, same text
     count: int = 1  # how many continuations
+    reserved: Literal["error", "replace"] | None = None  # bytes the model keeps for itself; none: as it was trained
+    config: Path | None = None  # H-Net's config JSON, for a bare file of weights
     checkpoint: str = "latest"  # latest, best, or a step
 
 
@@ -42,7 +44,7 @@ def sample(args: list[str]) -> int:
     prompt = (
         options.prompt_file.read_bytes() if options.prompt_file else options.prompt.encode("utf-8", "surrogateescape")
     )
-    lm = bytelm.load(options.model, checkpoint=options.checkpoint)
+    lm = bytelm.load(options.model, checkpoint=options.checkpoint, reserved=options.reserved, config=options.config)
     out = sys.stdout.buffer
     settings: dict[str, Any] = {name: getattr(options, name) for name in ("max_bytes", "temperature", "top_k", "top_p")}
     settings["stop"] = tuple(stop.encode("utf-8", "surrogateescape") for stop in options.stop)
@@ -71,6 +73,8 @@ class EvalOptions:
     max_bytes: int = 0  # read at most this much; 0 = all
     window: int = 0  # bytes of context; 0 = min(8192, the trained length)
     compare: bool = False  # add compressor lines given the run's training text
+    reserved: Literal["error", "replace"] | None = None  # bytes the model keeps for itself; none: as it was trained
+    config: Path | None = None  # H-Net's config JSON, for a bare file of weights
     checkpoint: str = "latest"  # latest, best, or a step
     json: bool = False  # print one JSON object
 
@@ -85,7 +89,7 @@ def evaluate(args: list[str]) -> int:
     options = tyro.cli(EvalOptions, args=args, prog="bytelm eval")
     if options.window < 0 or options.max_bytes < 0:
         raise ConfigError("--window and --max-bytes must not be negative")
-    lm = bytelm.load(options.model, checkpoint=options.checkpoint)
+    lm = bytelm.load(options.model, checkpoint=options.checkpoint, reserved=options.reserved, config=options.config)
     if options.text:
         text, name = open_corpus(options.text, text_field=options.text_field, where="--text"), ", ".join(options.text)
     else:
@@ -156,7 +160,7 @@ class ChunksOptions:
     max_bytes: int = 2000  # of the file; 0 = all
     html: Path | None = None  # write a page with a hover card for every character
     json: bool = False  # print boundaries and probabilities as one JSON object
-    reserved: Literal["error", "replace"] = "error"  # bytes the model keeps for itself: refuse, or show as U+FFFD
+    reserved: Literal["error", "replace"] | None = None  # bytes the model keeps for itself; none: as it was trained
     config: Path | None = None  # H-Net's config JSON, for a bare file of weights
     checkpoint: str = "latest"  # latest, best, or a step
 

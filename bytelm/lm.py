@@ -277,25 +277,30 @@ def load(
     checkpoint: str = "latest",
     dtype: str | None = None,
     config: str | Path | None = None,
-    reserved: str = "error",
+    reserved: str | None = None,
     wait: float = 0.0,
 ) -> ByteLM:
     """Loads a model as a ByteLM: a run directory of `bytelm train`, one of its checkpoints, a weights directory of
     `bytelm convert`, a folder with an H-Net checkpoint and its config.json, or a bare H-Net file with its `config`.
 
-    `checkpoint` is latest, best, or a step; `dtype` overrides the compute type (float32, bfloat16); `reserved` and
-    `wait` as in `NetworkLM`. Raises CheckpointError when nothing readable is there, ConfigError for what this version
-    cannot load.
+    `checkpoint` is latest, best, or a step; `dtype` overrides the compute type (float32, bfloat16); `reserved` (None:
+    as the run was trained, else error) and `wait` as in `NetworkLM`. Raises CheckpointError when nothing readable is
+    there, ConfigError for what this version cannot load.
     """
     path = Path(path)
-    options = {"reserved": reserved, "wait": wait}
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
     if is_model(path):
         stored = open_model(path, Path(config) if config else None)
-        return NetworkLM(_with_dtype(stored.config, dtype), jax.device_put(stored.read()), stored.context, **options)
+        network = _with_dtype(stored.config, dtype)
+        return NetworkLM(
+            network, jax.device_put(stored.read()), stored.context, reserved=reserved or "error", wait=wait
+        )
+    if config is not None:
+        raise ConfigError(f"{path} is a run with a config of its own; config goes with a bare file of weights")
     run, params = load_run(path, checkpoint)
-    return NetworkLM(_with_dtype(run.model, dtype), params, run.data.seq_len, **options)
+    kept = reserved or run.data.reserved
+    return NetworkLM(_with_dtype(run.model, dtype), params, run.data.seq_len, reserved=kept, wait=wait)
 
 
 def load_run(path: Path, checkpoint: str = "latest") -> tuple[Config, Params]:

@@ -28,7 +28,7 @@ def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
         "and a count, such as 'T6' or 'm2T1m2'",
     )
     runs = tuple((kind, int(count)) for kind, count in re.findall(r"([mMtT])(\d+)", layout))
-    require(all(count > 0 for _, count in runs), f"stack.layout={layout!r}: each run needs at least one block")
+    require(all(0 < count < 10_000 for _, count in runs), f"stack.layout={layout!r}: each run needs 1 to 9,999 blocks")
     return runs
 
 
@@ -130,7 +130,10 @@ class FlatConfig:
 class CapacityConfig:
     """How many chunk slots training reserves at each level of an H-Net, and when that number changes."""
 
-    start: tuple[float, ...] = (0.6, 1.0)  # first share of slots: level 0 of the row, deeper levels of the level above
+    start: tuple[float, ...] = (
+        0.6,
+        1.0,
+    )  # first share of slots: of the row, then of the level above; the last one holds on
     margin: float = 1.2  # slots per boundary of the measured 99th-percentile row, when the number is chosen anew
     every: int = 100  # steps between choices; 0 = keep the start
     multiple: int = 128  # slots are a multiple of this
@@ -138,7 +141,7 @@ class CapacityConfig:
     def __post_init__(self):
         require(
             len(self.start) > 0 and all(0 < share <= 1 for share in self.start),
-            f"capacity.start={self.start}: give shares in (0, 1], one per level or one for all",
+            f"capacity.start={self.start}: give shares in (0, 1], one per level; the last one holds for deeper levels",
         )
         require(self.margin >= 1, f"capacity.margin={self.margin}: must be at least 1")
         require(self.every >= 0, f"capacity.every={self.every}: must not be negative")

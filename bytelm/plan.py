@@ -51,9 +51,11 @@ def make_plan(config: Config, devices: int = 0, chip: str = "", bytes_per_chunk:
         raise ConfigError(f"--chip {chip}: choose one of {', '.join(CHIPS)}")
     model, t = config.model, config.data.seq_len
     targets = () if isinstance(model, FlatConfig) else target_bytes_per_chunk(model)
-    if bytes_per_chunk and (len(bytes_per_chunk) != len(targets) or min(bytes_per_chunk) < 1):
+    rising = all(1 <= a <= b < math.inf for a, b in zip((1.0, *bytes_per_chunk), bytes_per_chunk))
+    if bytes_per_chunk and (len(bytes_per_chunk) != len(targets) or not rising):
         raise ConfigError(
-            f"--bytes-per-chunk {bytes_per_chunk}: give a number of at least 1 for each of {len(targets)} levels"
+            f"--bytes-per-chunk {bytes_per_chunk}: give a number of at least 1 for each of {len(targets)} levels, none "
+            "smaller than the one before it"
         )
     bytes_per_chunk = bytes_per_chunk or targets
     slots = first_capacity(model, t)

@@ -4,6 +4,8 @@ training steps where there are several states of a model. The page's own code is
 import base64
 import html
 import json
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -23,7 +25,7 @@ class Snapshot:
 
 
 def characters(text: bytes) -> list[tuple[str, int, int]]:
-    """(what to show, first byte, bytes) of every character; a byte that is not part of one is shown as \\xNN."""
+    """(what to show, first byte, bytes) of every character. Controls, and bytes outside characters, show as \\xNN."""
     out, at = [], 0
     while at < len(text):
         size = utf8_length(text[at])
@@ -32,6 +34,8 @@ def characters(text: bytes) -> list[tuple[str, int, int]]:
             shown = piece.decode("utf-8")
         except UnicodeDecodeError:
             size, shown = 1, f"\\x{text[at]:02X}"
+        if shown not in "\n\r\t" and unicodedata.category(shown[0]) == "Cc":
+            shown = "".join(f"\\x{byte:02X}" for byte in piece)  # an escape would command the terminal
         out.append((shown, at, size))
         at += size
     return out
@@ -70,8 +74,8 @@ def chunk_page(text: bytes, snapshots: Sequence[Snapshot], title: str, picture: 
         image = f'<img alt="loss" src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">'
     content = json.dumps(data).replace("</", "<\\/")  # a text may hold </script>
     page = resources.files("bytelm.evals").joinpath("chunk_page.html").read_text(encoding="utf-8")
-    page = page.replace("TITLE", html.escape(title)).replace("IMAGE", image)
-    return page.replace("DATA", content)
+    parts = {"TITLE": html.escape(title), "IMAGE": image, "DATA": content}
+    return re.sub("TITLE|IMAGE|DATA", lambda found: parts[found[0]], page)
 
 
 def _level(level: Boundaries) -> dict[str, Any]:

@@ -178,27 +178,46 @@ def config_from(record: Mapping[str, Any], where: str = "config.json") -> HNetCo
     Raises ConfigError for what is missing or what we cannot run.
     """
     try:
-        d_model, ssm, attention = tuple(record["d_model"]), record["ssm_cfg"], record["attn_cfg"]
+        d_model, ssm, attention = _whole(record["d_model"], "d_model"), record["ssm_cfg"], record["attn_cfg"]
         layout = _layout_text(record["arch_layout"])
         levels = len(d_model) - 1
         fields = {name: _scalar(ssm[name], name) for name in ("chunk_size", "d_conv", "d_state", "expand")}
         if record.get("vocab_size", 256) != 256:
             raise ConfigError(f"vocab_size={record['vocab_size']}: a byte model has 256")
-        return HNetConfig(
+        mlp = _whole(record["d_intermediate"], "d_intermediate")
+        config = HNetConfig(
             arch_layout=layout,
             d_model=d_model,
-            d_mlp=tuple(-(-int(f) // MLP_MULTIPLE) * MLP_MULTIPLE for f in record["d_intermediate"]),
-            num_heads=tuple(attention["num_heads"]),
-            rope_dim=tuple(attention["rotary_emb_dim"]),
-            window=tuple(0 if w < 0 else w + 1 for w in attention["window_size"]),
+            d_mlp=tuple(-(-f // MLP_MULTIPLE) * MLP_MULTIPLE for f in mlp),
+            num_heads=_whole(attention["num_heads"], "num_heads"),
+            rope_dim=_whole(attention["rotary_emb_dim"], "rotary_emb_dim"),
+            window=tuple(0 if w < 0 else w + 1 for w in _whole(attention["window_size"], "window_size")),
             ssm=SSMConfig(d_state=fields["d_state"], expand=fields["expand"], conv_width=fields["d_conv"],
                           chunk=fields["chunk_size"], head_dim=HEAD_DIM),
             targets={0: (), 1: (6.0,), 2: (3.0, 3.0)}.get(levels, (3.0,) * levels),
             tie_embeddings=bool(record.get("tie_embeddings", False)),
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as e:
+        for s in range(levels + 1):  # 0 means "none" there and "choose" here
+            blocks = "".join(config.stack(s, part).layout for part in _parts(config, s))
+            if mlp[s] == 0 and any(c.isupper() for c in blocks):
+                raise ConfigError(f"d_intermediate of stage {s} is 0, but its layout {blocks} has blocks with an MLP")
+            if config.rope_dim[s] == 0 and any(c in "tT" for c in blocks):
+                raise ConfigError(f"rotary_emb_dim of stage {s} is 0: attention without rotation is not supported")
+        return config
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as e:
         reason = str(e) if isinstance(e, ConfigError) else f"not an H-Net config: {e!r}"
         raise ConfigError(f"{where}: {reason}") from None
+
+
+def _parts(config: HNetConfig, stage: int) -> tuple[str, ...]:
+    """The stacks of a stage."""
+    return ("encoder", "decoder") if stage < config.levels else ("main",)
+
+
+def _whole(values: Any, name: str) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(v) is int for v in values):
+        raise ConfigError(f"{name}={values!r}: expected a list of whole numbers, one per stage")
+    return tuple(values)
 
 
 def _layout_text(layout: Any) -> str:
@@ -221,8 +240,7 @@ def reference_config(config: HNetConfig) -> dict[str, Any]:
     """The reference's JSON of a config. Raises ConfigError for what the reference cannot express."""
     levels = config.levels
     stacks = [config.stack(s, "encoder" if s < levels else "main") for s in range(levels + 1)]
-    parts = [("encoder", "decoder") if s < levels else ("main",) for s in range(levels + 1)]
-    mlp = [any(c.isupper() for part in parts[s] for c in config.stack(s, part).layout) for s in range(levels + 1)]
+    mlp = [any(c.isupper() for p in _parts(config, s) for c in config.stack(s, p).layout) for s in range(levels + 1)]
     for s, stack in enumerate(stacks):
         if mlp[s] and stack.mlp_width % MLP_MULTIPLE:
             raise ConfigError(f"model.d_mlp of stage {s} is {stack.mlp_width}: the reference has multiples of 128 only")

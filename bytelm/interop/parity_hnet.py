@@ -36,6 +36,12 @@ def measure_hnet(case: Path, io: Tensors, weights: Tensors) -> dict[str, Any]:
     config = hnet.config_from(json.loads((case / "config.json").read_text(encoding="utf-8")), f"{case}/config.json")
     check_tensors({name: w.shape for name, w in weights.items()}, config, f"{case}/weights.safetensors")
     need_tensors(io, case, "input_ids", "mask", "logits")
+    b, t = io["input_ids"].shape if io["input_ids"].ndim == 2 else (0, 0)
+    if io["mask"].shape != (b, t) or io["logits"].shape != (b, t, 256) or not io["mask"].astype(bool)[:, :1].all():
+        raise CheckpointError(
+            f"{case}/io.safetensors: expected input_ids [b, t], mask [b, t] with a real byte in front of each row, and "
+            f"logits [b, t, 256]; found {io['input_ids'].shape}, {io['mask'].shape}, {io['logits'].shape}"
+        )
     if "loss.N" in io:
         config = dataclasses.replace(config, targets=tuple(float(n) for n in io["loss.N"].ravel()))
     graph, _ = structure(config)

@@ -126,7 +126,7 @@ class _Float32(Mapping[str, NDArray]):
         return iter(self._tensors)
 
     def __getitem__(self, name: str) -> NDArray:
-        return np.asarray(self._tensors[name], np.float32)
+        return np.array(self._tensors[name], np.float32)  # a copy: the file may change under a mapped one
 
 
 def save_hnet(path: Path, config: ModelConfig, params: Params, dtype: str = "float32") -> None:
@@ -143,7 +143,8 @@ def save_hnet(path: Path, config: ModelConfig, params: Params, dtype: str = "flo
 def check_tensors(found: Mapping[str, tuple[int, ...]], config: HNetConfig, where: str) -> None:
     """Raises CheckpointError naming the tensors that are missing, unknown or misshapen for an H-Net config."""
     expected = expected_shapes(config)
-    problems = [f"missing {name}" for name in expected if name not in found]
+    left_out = {"lm_head.weight"} if config.tie_embeddings else set()  # some writers store a shared tensor once
+    problems = [f"missing {name}" for name in expected if name not in found and name not in left_out]
     problems += [f"unknown {name}" for name in found if name not in expected]
     problems += [
         f"{name} has shape {list(found[name])}, the config says {list(shape)}"
@@ -172,7 +173,7 @@ def _read_json(path: Path) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: cannot be read as JSON: {e}") from None
     if not isinstance(record, dict):
         raise CheckpointError(f"{path}: not a JSON object")

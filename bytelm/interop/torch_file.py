@@ -4,13 +4,12 @@ The file's pickle may name a short list of classes, each replaced by a function 
 anything else is an error. A description is checked against the size of the storage it points into before any reading.
 """
 
-import collections
 import io
 import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,49 @@ _DTYPES: dict[str, np.dtype] = {
 _MOST_PICKLE = 64 << 20  # bytes; the largest published state dict's is about 0.1 MB
 
 
-class _Kind:
+class _Fixed:
+    """What the pickle gets to hold: it cannot be changed by the pickle once made."""
+
+    __slots__ = ()
+
+    def __setstate__(self, _: Any) -> None:
+        raise pickle.UnpicklingError("it sets the state of something that has none")
+
+
+class _Kind(_Fixed):
     """Stands for torch.FloatStorage and the like."""
+
+    __slots__ = ("dtype",)
 
     def __init__(self, dtype: np.dtype):
         self.dtype = dtype
 
 
+class _Call(_Fixed):
+    """Stands for a function of torch: a call of ours."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+
+class _Dict(dict):
+    """Stands for OrderedDict; torch hangs a `_metadata` onto it, which we leave."""
+
+    __slots__ = ()
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 class _Inert:
-    """Stands for a class whose objects we carry along and never look into (omegaconf's, in published files)."""
+    """Stands for objects that we carry along and never look into: omegaconf's, and what those hold."""
+
+    __slots__ = ()
 
     def __new__(cls, *_: Any, **__: Any):
         return object.__new__(cls)
@@ -48,18 +81,34 @@ class _Inert:
     def __setstate__(self, _: Any) -> None:
         pass
 
+    def __setitem__(self, _: Any, __: Any) -> None:
+        pass
 
-class _Storage:
+    def append(self, _: Any) -> None:
+        pass
+
+    def extend(self, _: Any) -> None:
+        pass
+
+
+class _Storage(_Fixed):
+    __slots__ = ("dtype", "key", "size")
+
     def __init__(self, key: str, dtype: np.dtype, size: int):
         self.key, self.dtype, self.size = key, dtype, size
 
 
-class StoredTensor:
+class StoredTensor(_Fixed):
     """Where a tensor lies in the file: read when asked for."""
+
+    __slots__ = ("offset", "shape", "storage", "strides")
 
     def __init__(self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]):
         self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
-        self.dtype = storage.dtype
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.storage.dtype
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
@@ -75,21 +124,29 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any
     return StoredTensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _rebuild_parameter(data: Any, *_: Any) -> Any:
-    return data
+_CALLS: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Call(lambda data, *_: data),
+    ("collections", "OrderedDict"): _Dict,
+}
+# What omegaconf's containers hold beside their own classes.
+_CARRIED = {("collections", "defaultdict"), ("typing", "Any")} | {
+    ("builtins", name) for name in ("list", "dict", "tuple", "set", "int", "float", "str", "bool")
+}
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors, parameters and ordered dicts; refuses everything else by name."""
+class _Unpickler(pickle._Unpickler):  # pyrefly: ignore[missing-attribute]
+    """Knows tensors, parameters and ordered dicts; refuses everything else by name.
+
+    Python's own reader, not the one in C: that one sets memory aside for any memo number that a file may name.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
-            return _rebuild_tensor if name == "_rebuild_tensor_v2" else _rebuild_parameter
-        if module == "collections" and name == "OrderedDict":
-            return collections.OrderedDict
+        if (module, name) in _CALLS:
+            return _CALLS[module, name]
         if module in ("torch", "torch.storage") and name in _DTYPES:
             return _Kind(_DTYPES[name])
-        if module.split(".")[0] == "omegaconf":
+        if module.split(".")[0] == "omegaconf" or (module, name) in _CARRIED:
             return _Inert
         raise pickle.UnpicklingError(f"it names {module}.{name}, which a file of weights has no need of")
 
@@ -111,7 +168,8 @@ class TorchFile(Mapping[str, NDArray]):
                 members = {name.partition("/")[2]: archive.getinfo(name) for name in archive.namelist()}
                 if "data.pkl" not in members:
                     raise CheckpointError(f"{path}: a zip file, but not one of torch.save (no data.pkl)")
-                if "byteorder" in members and archive.read(members["byteorder"]).strip() != b"little":
+                order = members.get("byteorder")
+                if order is not None and (order.file_size > 64 or archive.read(order).strip() != b"little"):
                     raise CheckpointError(f"{path}: saved on a big-endian machine; not supported")
                 if members["data.pkl"].file_size > _MOST_PICKLE:
                     raise CheckpointError(

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.models.base import Level
 
-LONGEST = 128  # chunk lengths from here on are counted as this
+LONGEST = 1024  # chunk lengths from here on are counted as this
 PERCENTILES = (10, 50, 90, 99)
 
 

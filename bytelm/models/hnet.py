@@ -122,8 +122,8 @@ class Router(nnx.Module):
 
 
 class Residual(nnx.Module):
-    """The path around the inner network: a float32 projection with a bias; 0 at first, but for the bias, which keeps
-    PyTorch's default draw as in the released code."""
+    """The path around the inner network: a float32 projection (at jax's default matmul precision) with a bias; 0 at
+    first, but for the bias, which keeps PyTorch's default draw as in the released code."""
 
     def __init__(self, d: int, *, rngs: nnx.Rngs):
         bound = 1 / math.sqrt(d)
@@ -161,9 +161,13 @@ class Stage(Widening):
         inner = Row(compact(row.position, at), at < e.shape[1], segments)
         return compact(e, at), compact(routing.probability, at), inner
 
-    def _join(self, smoothed, routing: Routing, residual):
-        """Chunks back onto positions, through the straight-through confidence, beside the residual."""
-        up = expand(smoothed, newest_slot(routing.boundary, smoothed.shape[1]))
+    def _join(self, smoothed, routing: Routing, residual, segments=None, slot_segments=None):
+        """Chunks back onto positions, through the straight-through confidence, beside the residual. A document that
+        found no slot reads none: it has its residual only."""
+        slots = newest_slot(routing.boundary, smoothed.shape[1])
+        up = expand(smoothed, slots)
+        if segments is not None and slot_segments is not None:
+            up = jnp.where((expand(slot_segments, slots) == segments)[..., None], up, 0)
         return (up * straight_through(routing.confidence)[..., None] + residual).astype(self.dtype)
 
     def __call__(self, x, row: Row, capacity: tuple[int, ...] | None):
@@ -174,7 +178,8 @@ class Stage(Widening):
         chunks, probability, inner_row = self._chunks(e, routing, row, slots)
         z, levels = self.inner(chunks, inner_row, None if capacity is None else capacity[1:])
         smoothed = smooth(z, probability, segment_starts(inner_row.segments, *probability.shape))
-        y = self.decoder(self._join(smoothed, routing, self.residual(e)), segments=row.segments)
+        joined = self._join(smoothed, routing, self.residual(e), row.segments, inner_row.segments)
+        y = self.decoder(joined, segments=row.segments)
         level = Level(row.position, row.valid, routing.probability, routing.boundary)
         return y[..., : self.outer], (level, *levels)
 

@@ -30,10 +30,18 @@ def first_capacity(model: ModelConfig, row: int) -> Capacity:
     for level in range(_levels(model)):
         assert isinstance(model, HNetConfig)
         start = model.capacity.start
-        share = start[level] if len(start) > 1 else start[0]
+        share = start[min(level, len(start) - 1)]
         above = out[-1] if out else row
         out.append(min(_fitting(sizes(row, model.capacity), share * above), above))
     return tuple(out)
+
+
+def possible_capacity(model: ModelConfig, row: int, saved: Capacity) -> Capacity:
+    """The slots of a saved state if the config could have chosen them, else those to start with."""
+    assert isinstance(model, HNetConfig)
+    first, choices = first_capacity(model, row), sizes(row, model.capacity)
+    chosen = len(saved) == len(first) and all(slots in choices for slots in saved)
+    return saved if chosen and (model.capacity.every or saved == first) else first
 
 
 def time_to_choose(model: ModelConfig, step: int) -> bool:

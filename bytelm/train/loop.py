@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from bytelm.metrics import MetricsLog, git_commit, plot_losses, versions
 from bytelm.models.build import byte_ids, count_parameters
 from bytelm.models.flops import TRAIN_FACTOR, forward_flops
 from bytelm.parallel.mesh import check_rows, make_mesh
-from bytelm.train.capacity import Capacity, next_capacity, time_to_choose
+from bytelm.train.capacity import Capacity, next_capacity, possible_capacity, time_to_choose
 from bytelm.train.init import load_initial_params
 from bytelm.train.progress import Progress, amount, clock
 from bytelm.train.signals import stop_on_signal
@@ -101,7 +102,7 @@ def train(config: Config) -> Result:
         stack.callback(log.close)
         _print_start(config, progress, mesh, sources, heldout_text, count_parameters(setup.abstract["params"]), step)
         useful = TRAIN_FACTOR * forward_flops(config.model, config.data.seq_len)
-        speed = Speed(config, useful, mesh.size, step, seen)
+        speed = Speed(config, mesh.size, step, seen)
         commit = git_commit()
         log.write({"step": step, "event": "start", "seed": config.train.seed, "commit": commit,
                    "versions": versions(), "device": speed.device, "devices": mesh.size,
@@ -135,7 +136,7 @@ def train(config: Config) -> Result:
                              versions=versions())  # fmt: skip
             checkpoints.save(step, state, batches.state(), meta, wait)
 
-        capacity = current_capacity(state)
+        state, capacity = _resumed_capacity(config, state)
         first_step, last_save, metrics = step, time.monotonic(), None
         while step < config.train.steps:
             profile(step, metrics)
@@ -164,7 +165,7 @@ def train(config: Config) -> Result:
             )
             if step % config.train.log_every == 0 or saving or step == first_step + 1:
                 record = _check(_numbers(metrics), step, checkpoints)
-                record |= speed.measure(step, seen)
+                record |= speed.measure(step, seen, forward_cost(config, record))
                 log.write({"step": step, "bytes": seen, "loss": record.pop("nll"), **record})
                 progress.update(step, seen, record)
             if config.eval.every and step % config.eval.every == 0 and not last:
@@ -193,24 +194,41 @@ def train(config: Config) -> Result:
     return Result(run_dir, step, result, best, seconds)
 
 
-def current_capacity(state: Any) -> Capacity:
-    """The chunk slots of each level that a state is to be trained with; () for a model without levels."""
-    return tuple(int(slots) for slots in np.asarray(state["chunks"]["capacity"])) if "chunks" in state else ()
+def forward_cost(config: Config, record: dict[str, float]) -> float:
+    """Useful forward FLOPs a byte of a step, with the chunks that occurred in it."""
+    names = (f"level{level}/bytes_per_chunk" for level in itertools.count())
+    spans = [record[name] for name in itertools.takewhile(record.__contains__, names)]
+    return forward_flops(config.model, config.data.seq_len, spans)
+
+
+def _resumed_capacity(config: Config, state: Any) -> tuple[Any, Capacity]:
+    """The chunk slots of each level to go on with, and a state that says so; () for a model without levels. Slots that
+    the config of now would not choose (after an accepted change) give way to those it starts with."""
+    if "chunks" not in state:
+        return state, ()
+    saved = tuple(int(slots) for slots in np.asarray(state["chunks"]["capacity"]))
+    capacity = possible_capacity(config.model, config.data.seq_len, saved)
+    return (state if capacity == saved else _with_capacity(state, capacity)), capacity
+
+
+def _with_capacity(state: Any, capacity: Capacity) -> Any:
+    chunks = state["chunks"]
+    placed = jax.device_put(np.array(capacity, np.int32), chunks["capacity"].sharding)
+    return {**state, "chunks": {**chunks, "capacity": placed}}
 
 
 def _choose_capacity(config: Config, state: Any, now: Capacity, progress: Progress) -> tuple[Any, Capacity]:
     """Looks at what rows needed lately: the state with the capacity to go on with, and that capacity."""
-    chunks = state["chunks"]
-    chosen = next_capacity(config.model, config.data.seq_len, now, np.asarray(chunks["need"]).tolist())
+    need = np.asarray(state["chunks"]["need"]).tolist()
+    chosen = next_capacity(config.model, config.data.seq_len, now, need)
     if chosen == now:
         return state, now
     progress.note(f"chunk slots per row: {' / '.join(map(str, now))} -> {' / '.join(map(str, chosen))} (compiling)")
-    placed = jax.device_put(np.array(chosen, np.int32), chunks["capacity"].sharding)
-    return {**state, "chunks": {**chunks, "capacity": placed}}, chosen
+    return _with_capacity(state, chosen), chosen
 
 
 def _watched_text(config: Config, heldout: Corpus) -> bytes:
-    text = config.train.watch_text.encode() or b"".join(first_bytes(heldout, WATCHED_BYTES))
+    text = config.train.watch_text.encode("utf-8", "surrogateescape") or b"".join(first_bytes(heldout, WATCHED_BYTES))
     return text[: complete_prefix(text)]
 
 

@@ -7,6 +7,7 @@ import jax
 
 from bytelm.config import Config
 from bytelm.devices import find_chip, measured_matmul_rate
+from bytelm.models.flops import TRAIN_FACTOR
 
 
 class Speed:
@@ -16,22 +17,24 @@ class Speed:
     rate measured at the start in the run's own compute type.
     """
 
-    def __init__(self, config: Config, flops_per_byte: float, devices: int, step: int, seen: int):
+    def __init__(self, config: Config, devices: int, step: int, seen: int):
         """`step` and `seen`: where the run stands now."""
         self.device = jax.devices()[0].device_kind
         self.measured = measured_matmul_rate(config.model.dtype)
         self._chip = find_chip(self.device)
-        self._flops, self._devices, self._steps = flops_per_byte, devices, config.train.steps
+        self._devices, self._steps = devices, config.train.steps
         self._time, self._seen, self._step = time.monotonic(), seen, step
         self._seconds_per_step, self._compiling = 0.0, True
 
-    def measure(self, step: int, seen: int) -> dict[str, float]:
-        """bytes_per_second, flops_per_second, utilization_measured, utilization_nominal (if known), seconds_left.
+    def measure(self, step: int, seen: int, forward_flops: float) -> dict[str, float]:
+        """bytes_per_second, train_flops_per_byte, flops_per_second, utilization_measured, utilization_nominal (if
+        known), seconds_left; `forward_flops`: the useful forward FLOPs a byte of this step.
 
         Nothing the first time: that interval holds the compilation.
         """
         now = time.monotonic()
         seconds, steps = max(now - self._time, 1e-9), max(step - self._step, 1)
+        flops = TRAIN_FACTOR * forward_flops
         rate, recent = (seen - self._seen) / seconds, seconds / steps
         self._time, self._seen, self._step = now, seen, step
         if self._compiling:
@@ -42,12 +45,13 @@ class Speed:
         self._seconds_per_step = recent
         out = {
             "bytes_per_second": rate,
-            "flops_per_second": rate * self._flops,
-            "utilization_measured": rate * self._flops / self._devices / self.measured,
+            "train_flops_per_byte": flops,
+            "flops_per_second": rate * flops,
+            "utilization_measured": rate * flops / self._devices / self.measured,
             "seconds_left": (self._steps - step) * recent,
         }
         if self._chip:
-            out["utilization_nominal"] = rate * self._flops / self._devices / self._chip.flops
+            out["utilization_nominal"] = rate * flops / self._devices / self._chip.flops
         return out
 
     @contextlib.contextmanager

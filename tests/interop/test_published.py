@@ -138,7 +138,11 @@ def test_what_the_reference_cannot_express_is_refused(tmp_path):
         (lambda r: r.update(vocab_size=512), "vocab_size=512"), (lambda r: r.update(d_model=[32]), "d_model"),
         (lambda r: r["ssm_cfg"].update(d_state=[16, 8, 8]), "d_state"),
         (lambda r: r.update(d_model=[64, 32, 64]), "narrower"),
-        (lambda r: r.update(d_model=[64, 64, 64]), "has shape"),
+        (lambda r: r.update(d_model=[64, 64, 64]), "has shape"), (lambda r: r.update(d_model=[32.0, 32, 64]), "whole"),
+        (lambda r: r.update(d_intermediate=[0, 0, float("inf")]), "whole"),
+        (lambda r: r.update(d_intermediate=[0, 0, 0]), "d_intermediate of stage 2 is 0"),
+        (lambda r: r["attn_cfg"].update(rotary_emb_dim=[16, 16, 0]), "rotary_emb_dim of stage 2 is 0"),
+        (lambda r: r.update(arch_layout=["m100000000", ["T1"], "m1"]), "9,999"),
     ],
 )  # fmt: skip
 def test_broken_configs_are_named(root, tmp_path, change, message):
@@ -190,6 +194,10 @@ class _Pickler(pickle._Pickler):
             self.save(_Global(thing.module, thing.name))
             self.save(tuple(thing.arguments))
             self.write(pickle.REDUCE)
+        elif isinstance(thing, _State):
+            self.save(thing.thing)
+            self.save(thing.state)
+            self.write(pickle.BUILD)
         elif isinstance(thing, _Storage):
             self.save(("storage", _Global("torch", thing.kind), thing.key, "cpu", thing.size))
             self.write(pickle.BINPERSID)
@@ -266,6 +274,49 @@ def test_nothing_in_a_hostile_pickle_runs(tmp_path, monkeypatch, module, name, a
 def test_malformed_descriptions_are_errors(tmp_path, thing):
     with pytest.raises(CheckpointError):
         TorchFile(pt(tmp_path / "x.pt", pickled(thing)))
+
+
+class _State:
+    """Pickles as a thing with a state set on it by BUILD."""
+
+    def __init__(self, thing, state):
+        self.thing, self.state = thing, state
+
+
+@pytest.mark.parametrize(
+    "thing",
+    [
+        _State(tensor(0, (4,), (1,)), {"strides": (2**40,)}),
+        _State(tensor(0, (4,), (1,)), (None, {"shape": (2**30,)})),
+        _State(_Storage(), {"size": 3}), _State(_Storage(), (None, {"size": 3})),
+        _State(_Global("torch._utils", "_rebuild_parameter"), (None, {"__defaults__": (1,)})),
+        _State(_Global("torch", "FloatStorage"), (None, {"dtype": "x"})),
+        _State(_Global("collections", "OrderedDict"), (None, {"x": 1})),
+    ],
+)  # fmt: skip
+def test_no_state_can_be_set_on_what_stands_for_torch(tmp_path, thing):
+    with pytest.raises(CheckpointError):
+        TorchFile(pt(tmp_path / "x.pt", pickled({"a": tensor(0, (4,), (1,)), "b": thing})))
+
+
+def test_memory_bombs_are_refused(tmp_path):
+    bomb = b"\x80\x02}r" + (2**31 - 1).to_bytes(4, "little") + b"."  # a memo number that asks for gigabytes
+    with pytest.raises(CheckpointError):
+        TorchFile(pt(tmp_path / "x.pt", bomb))
+    with pytest.raises(CheckpointError, match="big-endian"):
+        TorchFile(pt(tmp_path / "y.pt", pickled({"a": tensor(0, (4,), (1,))}), byteorder="little" + " " * 100))
+
+
+def test_omegaconf_on_board_is_carried_and_not_looked_into(tmp_path):
+    inside = _State(
+        _Global("omegaconf.listconfig", "ListConfig", ()),
+        {"_content": [_Global("omegaconf.nodes", "AnyNode", 1)],
+         "_metadata": _Global("collections", "defaultdict", _Global("builtins", "list")),
+         "type": _Global("typing", "Any")},
+    )  # fmt: skip
+    assert set(
+        TorchFile(pt(tmp_path / "x.pt", pickled({"state_dict": {"a": tensor(0, (4,), (1,))}, "c": inside})))
+    ) == {"a"}
 
 
 def test_a_model_inside_itself_is_an_error(tmp_path):

@@ -143,6 +143,18 @@ def test_packed_documents_equal_separate_ones(model):
     assert all(not level.boundary[0][level.position[0] >= start].any() for level in packed.levels)  # none in padding
 
 
+def test_a_document_without_slots_does_not_read_anothers(model):
+    """Far too few slots in a packed row: changing the first document still leaves the second alone."""
+    row = text(3)
+    segments = jnp.repeat(jnp.array([[1, 2]]), jnp.array([20, 20]), axis=1).repeat(3, axis=0)
+    want, got = (forward(model, x, segments, (3, 2)) for x in (row, row.at[:, :20].set(text(3, 20, seed=9))))
+    starved = np.array([(np.asarray(out.levels[0].boundary[:, :20]).sum(axis=1) >= 3) for out in (want, got)]).all(
+        axis=0
+    )
+    assert starved.any()  # rows whose second document found no slot
+    np.testing.assert_allclose(got.logits[starved, 20:], want.logits[starved, 20:], atol=2e-5)
+
+
 def test_padding_and_empty_slots_do_not_touch_loss_or_gradient(model):
     """The same two documents, padded and not, with slots for twice the row: one loss, one gradient, no NaN."""
     graph, state = nnx.split(model, nnx.Param)

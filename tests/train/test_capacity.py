@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
-from bytelm.config import CapacityConfig
-from bytelm.train.capacity import first_capacity, next_capacity, sizes, time_to_choose, track_need
+from bytelm.config import CapacityConfig, HNetConfig
+from bytelm.train.capacity import first_capacity, next_capacity, possible_capacity, sizes, time_to_choose, track_need
 from tiny import flat, hnet
 
 
@@ -25,6 +25,14 @@ def test_training_starts_with_the_shares_asked_for():
     assert first_capacity(model(2, start=(0.5, 0.5), multiple=8), 64) == (32, 16)
     assert first_capacity(model(2, start=(1.0,)), 8192) == (8192, 8192)
     assert first_capacity(flat(), 64) == ()
+    three = HNetConfig(arch_layout="m1,[m1,[m1,[T1],m1],m1],m1", d_model=(64,) * 4, targets=(2.0,) * 3)
+    assert first_capacity(three, 8192) == (4992, 4992, 4992)  # the last share holds on
+
+
+def test_a_saved_capacity_that_the_config_would_not_choose_gives_way():
+    assert possible_capacity(model(2), 8192, (2176, 896)) == (2176, 896)
+    assert possible_capacity(model(2), 4096, (2176, 896)) == first_capacity(model(2), 4096)  # shorter rows now
+    assert possible_capacity(model(2, every=0), 8192, (2176, 896)) == (4992, 4992)
 
 
 def test_slots_follow_the_need():
