@@ -64,7 +64,7 @@ def test_round_trip_of_any_value(lr, project, flag):
         ("a: [", r"not valid YAML"),
         ("train: {steps: 0}", r"train\.steps=0: must be at least 1"),
         ("model: {stack: {layout: X3}}", r"stack\.layout='X3': expected runs of a letter"),
-        ("model: {stack: {layout: T0}}", r"each run needs at least one block"),
+        ("model: {stack: {layout: T0}}", r"each run needs 1 to 9,999 blocks"),
         ("model: {stack: {num_heads: 3}}", r"stack\.num_heads=3 does not divide stack\.d_model=256"),
         ("model: {stack: {num_kv_heads: 3}}", r"num_kv_heads=3 does not divide stack\.num_heads=4"),
         (
