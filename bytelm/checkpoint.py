@@ -52,6 +52,12 @@ class Checkpoints:
                 self._best.save(step, args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)), force=True)  # fmt: skip
 
+    def say_last(self) -> str:
+        """What is there to go back to, for a message; waits for what is being saved."""
+        self.wait()
+        steps = self.steps()
+        return f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint had been saved yet"
+
     def steps(self) -> list[int]:
         """Steps with a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
@@ -180,11 +186,11 @@ def stored_config(meta: dict, where: str) -> Config:
 
 # Settings that do not change what a run computes (beyond rounding), or only for how long.
 FREE_ON_RESUME = (
-    "mesh", "eval", "checkpoint", "data.workers", "data.prefetch", "data.cache_dir", "model.stack.attention",
+    "mesh", "hosts", "eval", "checkpoint", "data.workers", "data.prefetch", "data.cache_dir", "model.stack.attention",
     "model.stack.scan_layers", "model.stack.remat", "model.stack.ssm.chunk", "model.stack.ssm.form", "train.run_dir",
     "train.steps", "train.log_every", "train.init_from", "train.allow_config_change", "train.compilation_cache",
     "model.attention", "model.scan_layers", "model.remat", "model.ssm.chunk", "model.ssm.form", "train.watch_text",
-    "train.profile_start", "train.profile_steps", "train.tensorboard", "train.wandb_project",
+    "train.max_skipped", "train.profile_start", "train.profile_steps", "train.tensorboard", "train.wandb_project",
 )  # fmt: skip
 
 

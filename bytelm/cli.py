@@ -17,6 +17,7 @@ EXIT_OK, EXIT_CHECK_FAILED, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_INTERRUPTED = 0
 
 USAGE = """usage: bytelm COMMAND ...
 
+  prepare OUT INPUT ... [--on-error skip] [--deduplicate]       make a corpus of sharded ArrayRecord files
   train   CONFIG.yaml [--section.field value ...] [--dry-run]   train a model, or go on with a run (its folder)
   eval    RUN [--suite bpb] [--text FILE ...] [--compare]       measure a model
   sample  RUN --prompt TEXT                                     let a model write
@@ -131,7 +132,14 @@ def plan(args: list[str]) -> int:
     return EXIT_OK
 
 
+def prepare(args: list[str]) -> int:
+    from bytelm.cli_data import prepare_command  # grain and pyarrow are not for `bytelm --help`
+
+    return prepare_command(args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "prepare": prepare,
     "train": train, "eval": cli_model.evaluate, "sample": cli_model.sample, "chunks": cli_model.chunks,
     "convert": cli_model.convert, "parity": cli_model.parity, "plan": plan,
 }  # fmt: skip
@@ -169,7 +177,7 @@ def run(argv: list[str]) -> int:
 
 def _status(error: Exception) -> int:
     from bytelm.checkpoint import CheckpointError
-    from bytelm.data.sources import DataError
+    from bytelm.data.readers import DataError
     from bytelm.train.loop import Diverged, Interrupted
     from bytelm.vocab import ReservedByteError
 

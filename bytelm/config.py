@@ -28,8 +28,8 @@ from bytelm.model_config import (
 
 __all__ = [
     "ArchLayout", "CapacityConfig", "CheckpointConfig", "Config", "ConfigError", "DType", "DataConfig", "EvalConfig",
-    "FlatConfig", "HNetConfig", "MeshConfig", "ModelConfig", "OptimConfig", "Remat", "SSMConfig", "StackConfig",
-    "TrainConfig", "parse_arch_layout", "parse_layout",
+    "FlatConfig", "HNetConfig", "HostsConfig", "MeshConfig", "ModelConfig", "OptimConfig", "Remat", "SSMConfig",
+    "StackConfig", "TrainConfig", "parse_arch_layout", "parse_layout",
 ]  # fmt: skip
 
 
@@ -183,6 +183,7 @@ class TrainConfig:
     log_every: int = 10  # steps between metric lines
     watch_text: str = ""  # text whose chunks report.html shows over the run; empty = the start of the held-out text
     init_from: str = ""  # run or weights directory whose weights to start from
+    max_skipped: int = 10  # batches in a row whose loss or gradient is not finite before the run ends (exit status 3)
     allow_config_change: bool = False  # resume although model, data or optimizer settings differ
     compilation_cache: str = ""  # folder of compiled programs; empty = ~/.cache/bytelm/xla, "off" = none
     profile_start: int = 0  # first step of the profiler window
@@ -191,11 +192,29 @@ class TrainConfig:
     wandb_project: str = ""  # also log to this Weights & Biases project (extra: wandb)
 
     def __post_init__(self):
-        for name in ("steps", "grad_accum", "log_every"):
+        for name in ("steps", "grad_accum", "log_every", "max_skipped"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be at least 1")
         for name in ("seed", "profile_start", "profile_steps"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: must not be negative")
         require(self.run_dir != "", "train.run_dir is empty: name a folder for the run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostsConfig:
+    """Processes that train together, one for each host; start the same command on every one."""
+
+    coordinator: str = ""  # host:port of process 0; empty = JAX_COORDINATOR_ADDRESS
+    processes: int = 0  # how many there are; 0 = JAX_NUM_PROCESSES, or what the cluster says
+    process: int = -1  # which of them this is; -1 = JAX_PROCESS_ID, or what the cluster says
+    cluster: Literal["auto", "on", "off"] = "auto"  # ask Cloud TPU, SLURM, Open MPI; auto = under a launcher of tasks
+    heartbeat_seconds: int = 100  # a process silent for so long is taken for dead, and the others end
+    start_seconds: int = 300  # how long to wait for the others at the start
+
+    def __post_init__(self):
+        require(self.processes >= 0, f"hosts.processes={self.processes}: must not be negative")
+        require(self.process >= -1, f"hosts.process={self.process}: must be -1 or more")
+        for name in ("heartbeat_seconds", "start_seconds"):
+            require(getattr(self, name) >= 1, f"hosts.{name}={getattr(self, name)}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +225,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)  # its text
     optim: OptimConfig = field(default_factory=OptimConfig)  # its optimizer
     mesh: MeshConfig = field(default_factory=MeshConfig)  # its devices
+    hosts: HostsConfig = field(default_factory=HostsConfig)  # its processes
     train: TrainConfig = field(default_factory=TrainConfig)  # the run
     eval: EvalConfig = field(default_factory=EvalConfig)  # held-out evaluation
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # what is saved

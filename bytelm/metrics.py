@@ -43,15 +43,21 @@ def git_commit() -> str | None:
 class MetricsLog:
     """Appends records to metrics.jsonl, and passes their numbers on to TensorBoard and Weights & Biases if asked."""
 
-    def __init__(self, run_dir: Path, resume_step: int, tensorboard: bool = False, wandb_project: str = ""):
+    def __init__(
+        self, run_dir: Path, resume_step: int, tensorboard: bool = False, wandb_project: str = "", writes: bool = True
+    ):
         """Records past `resume_step` (from a run that was cut off) are taken out, so that each step stands once.
+        `writes`: of several processes one writes.
 
         Raises ImportError naming the extra when an optional logger is not installed.
         """
         self.path = run_dir / "metrics.jsonl"
+        self._writers: list[Any] = []
+        self._file = None
+        if not writes:
+            return
         _truncate(self.path, resume_step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        self._writers: list[Any] = []
         if tensorboard:
             try:
                 from tensorboardX import SummaryWriter
@@ -69,6 +75,8 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one record now (the file is flushed, so that a killed run keeps it)."""
+        if self._file is None:
+            return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
@@ -78,11 +86,12 @@ class MetricsLog:
 
     def write_once(self, record: dict[str, Any]) -> None:
         """Writes a record unless the file holds the same one (a finished run that is looked at again)."""
-        if json.loads(json.dumps(record)) not in read_metrics(self.path):
+        if self._file is not None and json.loads(json.dumps(record)) not in read_metrics(self.path):
             self.write(record)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         for _, finish in self._writers:
             finish()
 

@@ -23,13 +23,13 @@ def document_piece(data: bytes, before: int | None, last: bool, ids: ByteIds) ->
     return np.stack([inputs, targets], axis=1).astype(np.int32)
 
 
-def cut_pieces(lengths: NDArray[np.int64], piece: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cuts documents of `lengths` bytes (each with one position more, for its end symbol) into pieces.
+def count_pieces(lengths: NDArray[np.int64], piece: int) -> NDArray[np.int64]:
+    """How many pieces of at most `piece` positions each document of `lengths` bytes (and an end symbol) makes."""
+    return -(-(lengths + 1) // piece)
 
-    Returns (document index, first position) of every piece; piece k of a document covers `piece` positions at most.
-    """
-    counts = -(-(lengths + 1) // piece)
-    documents = np.repeat(np.arange(len(lengths), dtype=np.int64), counts)
-    first_piece = np.repeat(np.cumsum(counts) - counts, counts)
-    starts = (np.arange(len(documents), dtype=np.int64) - first_piece) * piece
-    return documents, starts
+
+def locate_piece(ends: NDArray[np.int64], index: int, piece: int) -> tuple[int, int]:
+    """(document, first position) of piece `index`, where document i owns the pieces ends[i - 1] to ends[i]."""
+    document = int(np.searchsorted(ends, index, side="right"))
+    before = int(ends[document - 1]) if document else 0
+    return document, (index - before) * piece

@@ -6,11 +6,12 @@ do not depend on how many workers there are.
 """
 
 import contextlib
+import hashlib
 import json
-import multiprocessing.connection
+import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -19,35 +20,72 @@ from absl import flags
 from numpy.typing import NDArray
 
 from bytelm.config import ConfigError, DataConfig
-from bytelm.data.functional import cut_pieces, document_piece
-from bytelm.data.sources import Corpus, DataError, open_corpus, split_validation
+from bytelm.data.corpus import Corpus, PreparedCorpus, concatenate
+from bytelm.data.functional import count_pieces, document_piece, locate_piece
+from bytelm.data.jobs import exit_with
+from bytelm.data.prepared import mapped_table
+from bytelm.data.readers import DataError
+from bytelm.data.sources import cache_folder, open_corpus, split_validation
 from bytelm.vocab import ByteIds, ReservedByteError
 
-Batch = dict[str, NDArray[np.int32]]  # inputs, targets, segments: each [b, t]; segment 0 is padding
+# inputs, targets, segments (0 is padding), pieces (which piece of the text a position is of): each [b, t]
+Batch = dict[str, NDArray[np.int32]]
 
 
 class Pieces:
-    """Random-access source of document pieces: record i is {"pair": int32 [n, 2]} (inputs, targets)."""
+    """Random-access source of document pieces: item i is {"columns": int32 [n, 3]}: inputs, targets, `first` + i.
 
-    def __init__(self, corpus: Corpus, piece: int, ids: ByteIds):
-        self.corpus, self.piece, self.ids = corpus, piece, ids
-        self.document, self.start = cut_pieces(corpus.lengths, piece)
+    The third column stays with the positions through packing, so that a batch can say where it came from.
+    """
+
+    def __init__(self, corpus: Corpus, piece: int, ids: ByteIds, first: int = 0, cache_dir: str = ""):
+        self._arguments = (corpus, piece, ids, first, cache_dir)
+        self.corpus, self.piece, self.ids, self.first = corpus, piece, ids, first
+        self.ends = _piece_ends(corpus, piece, cache_dir)
+        if first + len(self) > np.iinfo(np.int32).max:
+            raise ConfigError(f"the training text makes over 2^31 pieces of {piece:,} bytes: raise data.piece_bytes")
+
+    def __reduce__(self):  # tables do not travel to worker processes
+        return Pieces, self._arguments
 
     def __len__(self) -> int:
-        return len(self.document)
+        return int(self.ends[-1])
+
+    def where(self, index: int) -> str:
+        """File and bytes of an item, for messages."""
+        document, start = locate_piece(self.ends, index, self.piece)
+        size = int(self.corpus.stop[document] - self.corpus.start[document])
+        name, offset = self.corpus.place(document)
+        return f"{name}[{offset + start}:{offset + min(start + self.piece, size)}]"
 
     def __getitem__(self, index: int) -> dict[str, NDArray[np.int32]]:
-        document, start = int(self.document[index]), int(self.start[index])
+        document, start = locate_piece(self.ends, index, self.piece)
         data = self.corpus.read(document, max(start - 1, 0), start + self.piece)
         before = data[0] if start > 0 else None
         last = start + self.piece > int(self.corpus.lengths[document])
         body = data[1:] if start > 0 else data
         try:
-            return {"pair": document_piece(body, before, last, self.ids)}
+            pair = document_piece(body, before, last, self.ids)
         except ReservedByteError as e:
-            path = self.corpus.paths[int(self.corpus.file[document])]
-            at = int(self.corpus.start[document]) + start
-            raise DataError(f"{path}: the stretch at offset {at}: {e} (data.reserved)") from None
+            raise DataError(f"{self.where(index)}: {e} (data.reserved)") from None
+        return {"columns": np.column_stack([pair, np.full(len(pair), self.first + index, np.int32)])}
+
+
+def _piece_ends(corpus: Corpus, piece: int, cache_dir: str) -> NDArray[np.int64]:
+    """Where the pieces of each document end, numbered through. That of a prepared corpus is kept on disk."""
+    if not isinstance(corpus, PreparedCorpus):
+        return np.cumsum(count_pieces(corpus.lengths, piece))
+
+    def fill(table: NDArray[np.int64]) -> None:
+        before, some = 0, 1 << 20
+        for i in range(0, len(table), some):
+            table[i : i + some] = before + np.cumsum(
+                count_pieces(corpus.stop[i : i + some] - corpus.start[i : i + some], piece)
+            )
+            before = int(table[min(i + some, len(table)) - 1])
+
+    name = hashlib.sha256(f"{corpus.described['sha256']} {piece}".encode()).hexdigest()[:16]
+    return mapped_table(cache_folder(cache_dir) / "pieces" / f"{name}.npy", len(corpus), fill)
 
 
 def load_text(config: DataConfig) -> tuple[list[Corpus], Corpus]:
@@ -57,6 +95,9 @@ def load_text(config: DataConfig) -> tuple[list[Corpus], Corpus]:
     sources = [open_corpus(group, **options) for group in groups]
     if config.valid:
         return sources, open_corpus(config.valid, **options, where="data.valid")
+    prepared = [source for source in sources if isinstance(source, PreparedCorpus)]
+    if len(prepared) == len(sources):  # each brings its own
+        return sources, concatenate([PreparedCorpus(source.folder, "valid") for source in prepared])
     if len(sources) > 1:
         raise ConfigError("data.weights mixes several sources: name the held-out text in data.valid")
     train, valid = split_validation(sources[0], config.valid_fraction)
@@ -70,15 +111,22 @@ def _piece(config: DataConfig) -> int:
     return config.seq_len if config.packing == "best_fit" else config.piece_length
 
 
-def records(sources: list[Corpus], config: DataConfig, ids: ByteIds, seed: int) -> grain.MapDataset:
-    """The endless, shuffled, mixed sequence of pieces. Weights count pieces, not bytes."""
-    piece = _piece(config)
+def cut(sources: list[Corpus], config: DataConfig, ids: ByteIds) -> list[Pieces]:
+    """The pieces of each source, numbered through."""
+    pieces: list[Pieces] = []
+    for corpus in sources:
+        pieces.append(Pieces(corpus, _piece(config), ids, sum(map(len, pieces)), config.cache_dir))
+    return pieces
 
-    def one(corpus: Corpus, index: int) -> grain.MapDataset:
-        dataset = grain.MapDataset.source(Pieces(corpus, piece, ids)).seed(seed + index)
+
+def records(pieces: list[Pieces], config: DataConfig, seed: int) -> grain.MapDataset:
+    """The endless, shuffled, mixed sequence of pieces. Weights count pieces, not bytes."""
+
+    def one(source: Pieces, index: int) -> grain.MapDataset:
+        dataset = grain.MapDataset.source(source).seed(seed + index)
         return (dataset.shuffle() if config.shuffle else dataset).repeat(None)
 
-    datasets = [one(corpus, i) for i, corpus in enumerate(sources)]
+    datasets = [one(source, i) for i, source in enumerate(pieces)]
     if len(datasets) == 1:
         return datasets[0]
     return grain.MapDataset.mix(datasets, weights=[float(w) for w in config.weights])
@@ -87,7 +135,7 @@ def records(sources: list[Corpus], config: DataConfig, ids: ByteIds, seed: int) 
 class StreamRows(grain.IterDataset):
     """Packed rows of some virtual streams, in turn; stream s reads records s, s + shards, s + 2 shards, ...
 
-    Elements are {"pair": [t, 2], "segments": [t], "stream": s, "state": JSON of the stream after this row}.
+    Elements are {"columns": [t, 3], "segments": [t], "stream": s, "state": JSON of the stream after this row}.
     """
 
     def __init__(self, source: grain.MapDataset, config: DataConfig, streams: list[int], states: dict[int, Any]):
@@ -102,7 +150,7 @@ class StreamRows(grain.IterDataset):
         dataset = self.source[stream :: self.config.streams].to_iter_dataset(
             grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         )
-        length = {"pair": self.config.seq_len}
+        length = {"columns": self.config.seq_len}
         if self.config.packing == "best_fit":
             dataset = grain.experimental.BestFitPackIterDataset(
                 dataset, length_struct=length, num_packing_bins=self.config.packing_bins
@@ -117,13 +165,8 @@ class StreamRows(grain.IterDataset):
     def __iter__(self) -> "_StreamRowsIterator":
         parent = multiprocessing.parent_process()
         if parent is not None:  # a worker ends with the training process, even if that is killed
-            threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
+            threading.Thread(target=exit_with, args=(parent.sentinel,), daemon=True).start()
         return _StreamRowsIterator({stream: self._open(stream) for stream in self.streams})
-
-
-def _exit_with(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
 
 
 def _from_json(state: dict[str, Any]) -> dict[str, Any]:
@@ -144,8 +187,8 @@ class _StreamRowsIterator(grain.DatasetIterator):
         self._turn = (self._turn + 1) % len(self._iterators)
         row = next(iterator)
         return {
-            "pair": row["pair"],
-            "segments": row["pair_segment_ids"],
+            "columns": row["columns"],
+            "segments": row["columns_segment_ids"],
             "stream": stream,
             "state": json.dumps(iterator.get_state()),
         }
@@ -160,7 +203,7 @@ class _StreamRowsIterator(grain.DatasetIterator):
 
 
 class Batches:
-    """Endless batches {"inputs", "targets", "segments"}: int32 [b, t]. `state()` is plain JSON and resumes exactly."""
+    """Endless batches of int32 [b, t]. `state()` is plain JSON and resumes exactly."""
 
     def __init__(
         self,
@@ -170,12 +213,11 @@ class Batches:
         *,
         seed: int,
         state: dict[str, Any] | None = None,
-        process: int = 0,
-        processes: int = 1,
+        rows: Sequence[int] | None = None,
     ):
-        """With several processes, process p yields its contiguous share of each batch's rows.
+        """`rows`: which rows of each batch to yield, in this order (several processes share them); None = all.
 
-        Raises ConfigError when the state was saved with another number of streams or the rows do not divide.
+        Raises ConfigError when the state was saved with another number of streams or the rows split a stream.
         """
         shards = config.streams
         if ids.replace and config.packing == "best_fit":
@@ -183,11 +225,16 @@ class Batches:
                 "data.reserved=replace makes documents longer, which data.packing=best_fit cannot have: use concat, or "
                 "clean the text first"
             )
-        if processes > 1 and (shards != config.batch_size or shards % processes):
+        rows = range(config.batch_size) if rows is None else rows
+        mine = list(dict.fromkeys(row % shards for row in rows))
+        whole = len(rows) * shards == len(mine) * config.batch_size
+        if not rows or not whole or any(row % shards != mine[i % len(mine)] for i, row in enumerate(rows)):
             raise ConfigError(
-                f"data.shards={shards} with {processes} processes: each process must own whole rows and streams; "
-                f"set data.shards=0 and a data.batch_size that {processes} divides"
+                f"data.shards={shards} with several processes: each must own whole rows and streams, this one has rows "
+                f"{list(rows)}; set data.shards=0 and a data.batch_size that the number of processes divides"
             )
+        if config.workers and len(mine) % config.workers:
+            raise ConfigError(f"data.workers={config.workers} does not divide the {len(mine)} streams of this process")
         if state is not None and len(state["streams"]) != shards:
             raise ConfigError(f"data.shards={shards}, but the saved data position has {len(state['streams'])} streams")
         self._text = [[len(corpus), corpus.total_bytes] for corpus in sources]
@@ -204,12 +251,10 @@ class Batches:
                 "or start a new run from its weights with train.init_from"
             )
         saved = state["streams"] if state else [None] * shards
-        share = shards // processes
-        self._states = dict(enumerate(saved))
-        mine = list(range(process * share, (process + 1) * share))
-        rows = StreamRows(records(sources, config, ids, seed), config, mine, dict(self._states))
-        self._rows = _start(rows, config)
-        self._count, self._workers = config.batch_size // processes, config.workers
+        self._states = {stream: saved[stream] for stream in mine}
+        self._pieces = cut(sources, config, ids)
+        self._rows = _start(StreamRows(records(self._pieces, config, seed), config, mine, dict(self._states)), config)
+        self._count, self._workers = len(rows), config.workers
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -223,26 +268,33 @@ class Batches:
             raise DataError(f"the data pipeline failed (data.workers={self._workers}): {e}") from e
         for row in rows:
             self._states[int(row["stream"])] = row["state"]
-        pairs = np.stack([row["pair"] for row in rows])
-        segments = np.stack([row["segments"] for row in rows]).astype(np.int32)
-        return {
-            "inputs": np.ascontiguousarray(pairs[..., 0]),
-            "targets": np.ascontiguousarray(pairs[..., 1]),
-            "segments": segments,
-        }
+        columns = np.stack([row["columns"] for row in rows])
+        names = ("inputs", "targets", "pieces")
+        batch = {name: np.ascontiguousarray(columns[..., i]) for i, name in enumerate(names)}
+        return {**batch, "segments": np.stack([row["segments"] for row in rows]).astype(np.int32)}
+
+    def where(self, batch: Batch) -> list[str]:
+        """The stretches of files that a batch was made of, as FILE[a:b], in order."""
+        found = np.unique(batch["pieces"][batch["segments"] > 0])
+        firsts = [pieces.first for pieces in self._pieces]
+        owners = np.searchsorted(firsts, found, side="right") - 1
+        return [self._pieces[owner].where(int(index) - firsts[owner]) for owner, index in zip(owners, found)]
 
     def state(self) -> dict[str, Any]:
-        """Where each stream stands after the last batch."""
-        decoded = [self._states[s] for s in sorted(self._states)]
-        return {
-            "text": self._text,
-            "packing": self._packing,
-            "streams": [json.loads(s) if isinstance(s, str) else s for s in decoded],
-        }
+        """Where each stream stands after the last batch; of rows shared among processes, see `join_states`."""
+        streams = {s: json.loads(state) if isinstance(state, str) else state for s, state in self._states.items()}
+        return {"text": self._text, "packing": self._packing, "streams": [streams[s] for s in sorted(streams)],
+                "mine": sorted(streams)}  # fmt: skip
 
     def close(self) -> None:
         """Ends the worker processes."""
         self._rows.close()
+
+
+def join_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state of all streams from those of the processes that share them."""
+    streams = {s: stream for state in states for s, stream in zip(state["mine"], state["streams"])}
+    return {**states[0], "streams": [streams[s] for s in sorted(streams)], "mine": sorted(streams)}
 
 
 def _start(rows: StreamRows, config: DataConfig) -> grain.DatasetIterator:

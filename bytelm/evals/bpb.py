@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bytelm.data.sources import Corpus
+from bytelm.data.corpus import Corpus
 from bytelm.vocab import ByteIds
 from bytelm.windows import document_windows
 

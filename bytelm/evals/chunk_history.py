@@ -12,8 +12,10 @@ from bytelm.evals.chunk_page import Snapshot, chunk_page
 class ChunkHistory:
     """The boundaries of a watched text at some steps of a run. An empty text is not watched."""
 
-    def __init__(self, run_dir: Path, resume_step: int, text: bytes):
-        """Takes up the records of a run that goes on, up to the step where it resumes and of this text."""
+    def __init__(self, run_dir: Path, resume_step: int, text: bytes, writes: bool = True):
+        """Takes up the records of a run that goes on, up to the step where it resumes and of this text. `writes`: of
+        several processes one writes the file."""
+        self.writes = writes
         self.text, self.path = text, run_dir / "chunks.jsonl"
         self._records: list[dict] = []
         if text and self.path.exists():
@@ -28,6 +30,8 @@ class ChunkHistory:
             "step": step, "text": self.text.hex(),
             "levels": [[lv.offset.tolist(), np.round(lv.probability, 4).tolist(), lv.cut.tolist()] for lv in levels],
         })  # fmt: skip
+        if not self.writes:
+            return
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in self._records), encoding="utf-8")
         temporary.replace(self.path)

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from bytelm.checkpoint import CheckpointError, find_checkpoint, read_meta, restore_params, stored_config
 from bytelm.config import ConfigError
 from bytelm.interop.published import is_model, open_model
 from bytelm.interop.weights import shapes_match
 from bytelm.models.build import Params, structure
+from bytelm.parallel.hosts import place
 
 
 def load_initial_params(source: str, abstract: Params) -> Params:
@@ -33,5 +35,5 @@ def load_initial_params(source: str, abstract: Params) -> Params:
             f"train.init_from={source}: its weights do not fit this model (there / here): " + "; ".join(different[:6])
         )
     if stored is not None:
-        return jax.tree.map(lambda value, a: jax.device_put(value, a.sharding), stored.read(), abstract)
+        return jax.tree.map(lambda value, a: place(np.asarray(value), a.sharding), stored.read(), abstract)
     return restore_params(folder, abstract)

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +15,34 @@ import jax
 import numpy as np
 import yaml
 
-from bytelm.boundaries import Boundaries, first_rows, text_boundaries
 from bytelm.checkpoint import Checkpoints, blocking_changes, make_meta, read_meta, stored_config
 from bytelm.codec import differences, dumps, to_dict
 from bytelm.config import Config, ConfigError
-from bytelm.data.pipeline import Batches, load_text
-from bytelm.data.sources import Corpus, DataError, cache_folder
-from bytelm.evals.bpb import BitsPerByte, bits_per_byte, first_bytes, window_scorer
+from bytelm.data.pipeline import Batches, join_states, load_text
+from bytelm.data.readers import DataError
+from bytelm.data.sources import cache_folder
+from bytelm.evals.bpb import BitsPerByte
 from bytelm.evals.chunk_history import ChunkHistory
 from bytelm.metrics import MetricsLog, git_commit, plot_losses, versions
 from bytelm.models.build import byte_ids, count_parameters
 from bytelm.models.flops import TRAIN_FACTOR, forward_flops
+from bytelm.parallel import hosts
 from bytelm.parallel.mesh import check_rows, make_mesh
 from bytelm.train.capacity import Capacity, next_capacity, possible_capacity, time_to_choose
+from bytelm.train.evaluation import Evaluation
+from bytelm.train.health import Diverged, Health, with_bits
 from bytelm.train.init import load_initial_params
 from bytelm.train.progress import Progress, amount, clock
 from bytelm.train.signals import stop_on_signal
 from bytelm.train.speed import Speed
 from bytelm.train.state import init_state, plan_state
 from bytelm.train.step import make_eval_step, make_train_step, place_batch
-from bytelm.vocab import complete_prefix
-from bytelm.windows import DEFAULT_WINDOW
 
-WATCHED_BYTES = 600  # of the held-out text, for the report on chunks
+__all__ = ["Diverged", "Interrupted", "Result", "train"]
 
 
 class Interrupted(Exception):
     """The run was asked to stop, has saved, and can go on (exit status 75)."""
-
-
-class Diverged(Exception):
-    """Loss or gradient is no longer a finite number (exit status 3)."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +63,20 @@ def train(config: Config) -> Result:
     when the loss is not finite (nothing saved since the last good checkpoint).
     """
     began = time.monotonic()
-    if jax.process_count() > 1:
-        raise ConfigError("training over several processes (hosts) is not built yet: start one process")
+    hosts.start(config.hosts)
     enable_compilation_cache(config)
     run_dir = Path(config.train.run_dir).expanduser()
     mesh = make_mesh(config.mesh)
     check_rows(mesh, config.data.batch_size, config.train.grad_accum)
     check_rows(mesh, config.eval.batch_size or config.data.batch_size, name="eval.batch_size")
+    mine = hosts.rows_here(mesh, config.data.batch_size)
     ids = byte_ids(config.model, config.data.reserved)
     sources, heldout_text = load_text(config.data)
-    progress = Progress(config.train.steps)
+    several, first = jax.process_count() > 1, hosts.is_first()
+    progress = Progress(config.train.steps, quiet=not first)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_own(run_dir))
+        stack.enter_context(_own(run_dir, first))
         checkpoints = Checkpoints(run_dir, config.checkpoint)
         stack.callback(checkpoints.close)
         stack.enter_context(jax.set_mesh(mesh))
@@ -90,107 +89,113 @@ def train(config: Config) -> Result:
             if config.train.init_from:
                 state["params"] = load_initial_params(config.train.init_from, setup.abstract["params"])
                 progress.note(f"weights from {config.train.init_from}")
-        step, seen, best = int(state["step"]), meta.get("bytes", 0), meta.get("best_bpb")
+        step, best = int(state["step"]), meta.get("best_bpb")
         if meta.get("best_over") != _best_over(config):  # evaluations of other text or size do not compare
             best = None
-        batches = Batches(sources, config.data, ids, seed=config.train.seed, state=data_state)
+        batches = Batches(sources, config.data, ids, seed=config.train.seed, state=data_state, rows=mine)
         stack.callback(batches.close)
 
-        (run_dir / "config.yaml.tmp").write_text(dumps(config), encoding="utf-8")
-        (run_dir / "config.yaml.tmp").replace(run_dir / "config.yaml")
-        log = MetricsLog(run_dir, step, config.train.tensorboard, config.train.wandb_project)
+        log = MetricsLog(run_dir, step, config.train.tensorboard, config.train.wandb_project, writes=first)
         stack.callback(log.close)
+        if first:
+            _write_config(config, run_dir)
         _print_start(config, progress, mesh, sources, heldout_text, count_parameters(setup.abstract["params"]), step)
-        useful = TRAIN_FACTOR * forward_flops(config.model, config.data.seq_len)
-        speed = Speed(config, mesh.size, step, seen)
+        health = Health(config.train.max_skipped, batches.where, partial(_skipped, log, progress), checkpoints.say_last,
+                        seen=meta.get("bytes", 0))  # fmt: skip
+        speed = Speed(config, mesh.size, step, health.seen)
         commit = git_commit()
         log.write({"step": step, "event": "start", "seed": config.train.seed, "commit": commit,
                    "versions": versions(), "device": speed.device, "devices": mesh.size,
-                   "parameters": count_parameters(setup.abstract["params"]), "train_flops_per_byte": useful,
+                   "processes": jax.process_count(), "parameters": count_parameters(setup.abstract["params"]),
+                   "train_flops_per_byte": TRAIN_FACTOR * forward_flops(config.model, config.data.seq_len),
                    "matmul_flops_per_second": speed.measured})  # fmt: skip
 
         train_step = make_train_step(config, setup)
-        eval_step = make_eval_step(config, setup)
+        evaluation = Evaluation(config, mesh, make_eval_step(config, setup), heldout_text)
         stop = stack.enter_context(stop_on_signal())
         profile = stack.enter_context(_profiler(config, run_dir))
         stack.enter_context(progress)
-
-        watched = ChunkHistory(run_dir, step, _watched_text(config, heldout_text) if "chunks" in state else b"")
+        watched = ChunkHistory(run_dir, step, evaluation.watched_text() if "chunks" in state else b"", writes=first)
 
         def evaluate(max_bytes: int) -> BitsPerByte | None:
             nonlocal best
             if watched.text and not watched.has(step):
-                watched.add(step, watch_chunks(config, mesh, eval_step, state["params"], watched.text))
-            result = evaluate_text(config, mesh, eval_step, state["params"], heldout_text, max_bytes)
+                watched.add(step, evaluation.boundaries(state["params"], watched.text))
+            result = evaluation.bits_per_byte(state["params"], max_bytes)
             if result is None:
                 return None
-            log.write_once({"step": step, "bytes": seen, "heldout_bpb": result.bpb, "heldout_bytes": result.bytes})
-            progress.heldout(step, seen, result.bpb, result.bytes)
+            log.write_once(
+                {"step": step, "bytes": health.seen, "heldout_bpb": result.bpb, "heldout_bytes": result.bytes}
+            )
+            progress.heldout(step, health.seen, result.bpb, result.bytes)
             if max_bytes == config.eval.max_bytes and result.bpb < (math.inf if best is None else best):
                 best = result.bpb
-                checkpoints.save_best(step, state["params"], make_meta(config, step, bytes=seen, best_bpb=best))
+                checkpoints.save_best(step, state["params"], make_meta(config, step, bytes=health.seen, best_bpb=best))
             return result
 
         def save(wait: bool = False) -> None:
-            meta = make_meta(config, step, bytes=seen, best_bpb=best, best_over=_best_over(config), commit=commit,
-                             versions=versions())  # fmt: skip
-            checkpoints.save(step, state, batches.state(), meta, wait)
+            meta = make_meta(config, step, bytes=health.seen, best_bpb=best, best_over=_best_over(config),
+                             commit=commit, versions=versions())  # fmt: skip
+            checkpoints.save(step, state, join_states(hosts.gather(batches.state())), meta, wait)
 
         state, capacity = _resumed_capacity(config, state)
-        first_step, last_save, metrics = step, time.monotonic(), None
+        first_step, last_save, metrics, due = step, time.monotonic(), None, False
         while step < config.train.steps:
             profile(step, metrics)
             try:
                 batch = next(batches)
             except DataError:  # a file that changed, a worker that died: keep what was learned
-                if metrics is not None:
-                    _check(_numbers(metrics), step, checkpoints)
+                if metrics is not None and not several:  # of several processes, the others know nothing of it
+                    health.settle()
                     save(wait=True)
                 raise
-            state, metrics = train_step(state, place_batch(batch, mesh), capacity)
-            if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
+            late = 0 < config.checkpoint.every_seconds <= time.monotonic() - last_save
+            if several:  # so that all stop and save after the same step
+                batch["wishes"] = np.tile(np.array([stop.requested, late and first]), (len(mine), 1))
+            state, metrics = train_step(state, place_batch(batch, mesh, mine, config.data.batch_size), capacity)
+            if mesh.devices.flat[0].platform == "cpu" and mesh.size > 1:
                 # XLA's CPU collectives deadlock when several steps of many fake devices are in flight on few cores.
                 jax.block_until_ready(metrics)
             step += 1
+            health.after(step, metrics, batch)
             if capacity and time_to_choose(config.model, step):
                 state, capacity = _choose_capacity(config, state, capacity, progress)
-            seen += int(np.count_nonzero((batch["segments"] > 0) & (batch["targets"] != ids.end)))
             last = step == config.train.steps
-            stopping = stop.requested  # looked at once per step: a signal may come at any line
-            saving = (
-                stopping
-                or last
-                or step % config.checkpoint.every == 0
-                or (0 < config.checkpoint.every_seconds <= time.monotonic() - last_save)
-            )
-            if step % config.train.log_every == 0 or saving or step == first_step + 1:
-                record = _check(_numbers(metrics), step, checkpoints)
-                record |= speed.measure(step, seen, forward_cost(config, record))
-                log.write({"step": step, "bytes": seen, "loss": record.pop("nll"), **record})
-                progress.update(step, seen, record)
+            stopping, late = health.wishes if several else (stop.requested, late)  # once: a signal may come at any line
+            due = due or late or step % config.checkpoint.every == 0
+            if step % config.train.log_every == 0 or stopping or last or due or step == first_step + 1:
+                health.settle(last)
+                if not health.in_row:
+                    record = with_bits(_numbers(metrics))
+                    record |= speed.measure(step, health.seen, forward_cost(config, record))
+                    log.write({"step": step, "bytes": health.seen, "loss": record.pop("nll"), **record})
+                    progress.update(step, health.seen, record)
             if config.eval.every and step % config.eval.every == 0 and not last:
+                health.settle()
                 with speed.paused():
                     evaluate(config.eval.max_bytes)
-            if saving:
+            if stopping or last or (due and not health.in_row):  # weights that give no finite loss are not kept
                 with speed.paused():
                     save(wait=stopping)
-                last_save = time.monotonic()
+                last_save, due = time.monotonic(), False
             if stopping and not last:
-                progress.note(f"stopped by {stop.name} at step {step}, saved; go on with:  bytelm train {run_dir}")
+                progress.note(f"stopped by {stop.name or 'another process'} at step {step}, saved; go on with:  "
+                              f"bytelm train {run_dir}")  # fmt: skip
                 raise Interrupted(str(run_dir))
 
         checkpoints.wait()
-        if stop.requested:
+        if stop.requested and not several:
             raise Interrupted(str(run_dir))
         result = evaluate(config.eval.final_max_bytes)
         # Evaluations of different size do not compare: the best weights are chosen by those of eval.max_bytes.
         if config.eval.final_max_bytes != config.eval.max_bytes:
             evaluate(config.eval.max_bytes)
         checkpoints.wait()
-        plot_losses(log.path, run_dir / "loss.png")
-        watched.write_report(run_dir / "report.html", f"{run_dir.name}: chunks over the run", run_dir / "loss.png")
+        if first:
+            plot_losses(log.path, run_dir / "loss.png")
+            watched.write_report(run_dir / "report.html", f"{run_dir.name}: chunks over the run", run_dir / "loss.png")
         seconds = time.monotonic() - began
-        progress.note(f"done: {step} steps, {amount(seen)} seen, {clock(seconds)}; run in {run_dir}")
+        progress.note(f"done: {step} steps, {amount(health.seen)} seen, {clock(seconds)}; run in {run_dir}")
     return Result(run_dir, step, result, best, seconds)
 
 
@@ -213,7 +218,7 @@ def _resumed_capacity(config: Config, state: Any) -> tuple[Any, Capacity]:
 
 def _with_capacity(state: Any, capacity: Capacity) -> Any:
     chunks = state["chunks"]
-    placed = jax.device_put(np.array(capacity, np.int32), chunks["capacity"].sharding)
+    placed = hosts.place(np.array(capacity, np.int32), chunks["capacity"].sharding)
     return {**state, "chunks": {**chunks, "capacity": placed}}
 
 
@@ -227,50 +232,22 @@ def _choose_capacity(config: Config, state: Any, now: Capacity, progress: Progre
     return _with_capacity(state, chosen), chosen
 
 
-def _watched_text(config: Config, heldout: Corpus) -> bytes:
-    text = config.train.watch_text.encode("utf-8", "surrogateescape") or b"".join(first_bytes(heldout, WATCHED_BYTES))
-    return text[: complete_prefix(text)]
+def _write_config(config: Config, run_dir: Path) -> None:
+    (run_dir / "config.yaml.tmp").write_text(dumps(config), encoding="utf-8")
+    (run_dir / "config.yaml.tmp").replace(run_dir / "config.yaml")
+
+
+def _skipped(log: MetricsLog, progress: Progress, record: dict[str, Any]) -> None:
+    log.write(record)
+    progress.note(
+        f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}: batch left out, weights "
+        f"unchanged ({record['in_row']} in a row; its text is named in metrics.jsonl)"
+    )
 
 
 def _best_over(config: Config) -> list:
     """What the best held-out figure was measured on."""
     return [list(config.data.valid), config.data.valid_fraction, config.eval.max_bytes, config.eval.window]
-
-
-def evaluate_text(
-    config: Config, mesh: Any, eval_step: Any, params: Any, text: Corpus, max_bytes: int
-) -> BitsPerByte | None:
-    """Held-out bits per byte of the current weights; None when there is no held-out text."""
-    if len(text) == 0:
-        return None
-    window, rows = _eval_shape(config)
-
-    def logprobs(inputs, targets):
-        placed = place_batch({"inputs": inputs, "targets": targets}, mesh)
-        return np.asarray(eval_step(params, placed["inputs"], placed["targets"])[0])
-
-    ids = byte_ids(config.model, config.data.reserved)
-    score = window_scorer(logprobs, ids, window=window, batch_size=rows)
-    return bits_per_byte(score, first_bytes(text, max_bytes), window)
-
-
-def _eval_shape(config: Config) -> tuple[int, int]:
-    """(bytes per row, rows) of an evaluation step."""
-    window = config.eval.window or min(config.data.seq_len, DEFAULT_WINDOW)
-    return window, config.eval.batch_size or config.data.batch_size
-
-
-def watch_chunks(config: Config, mesh: Any, eval_step: Any, params: Any, text: bytes) -> list[Boundaries]:
-    """Where the current weights cut a text; no levels for a model without chunks."""
-    window, rows = _eval_shape(config)
-
-    def levels_of(row):
-        inputs = np.zeros((rows, window), np.int32)
-        inputs[0, : len(row)] = row
-        placed = place_batch({"inputs": inputs, "targets": inputs}, mesh)
-        return first_rows(eval_step(params, placed["inputs"], placed["targets"])[1])
-
-    return text_boundaries(levels_of, text, byte_ids(config.model, config.data.reserved), window)
 
 
 def enable_compilation_cache(config: Config | None = None) -> None:
@@ -282,8 +259,8 @@ def enable_compilation_cache(config: Config | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _own(run_dir: Path) -> Iterator[None]:
-    """Makes the run directory and keeps other processes from training in it."""
+def _own(run_dir: Path, first: bool = True) -> Iterator[None]:
+    """Makes the run directory; the first process keeps other runs from training in it."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "a")  # noqa: SIM115 (closed below, after the run)
@@ -291,7 +268,8 @@ def _own(run_dir: Path) -> Iterator[None]:
         raise ConfigError(f"train.run_dir={run_dir}: cannot be written: {e}") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if first:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"train.run_dir={run_dir}: another process is training there") from None
         yield
@@ -323,19 +301,6 @@ def _resume(config: Config, checkpoints: Checkpoints, abstract: Any, progress: P
 
 def _numbers(metrics: Any) -> dict[str, float]:
     return {k: float(v) for k, v in jax.device_get(metrics).items()}
-
-
-def _check(metrics: dict[str, float], step: int, checkpoints: Checkpoints) -> dict[str, float]:
-    """The metrics of a step with bits per byte added. Raises Diverged when loss or gradient is not finite."""
-    if not (math.isfinite(metrics["nll"]) and math.isfinite(metrics["grad_norm"])):
-        checkpoints.wait()
-        steps = checkpoints.steps()
-        back = f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint had been saved yet"
-        raise Diverged(
-            f"step {step}: loss {metrics['nll']}, gradient norm {metrics['grad_norm']}: training has diverged; {back}. "
-            "Lower optim.lr, lengthen optim.warmup_steps or lower optim.clip_norm."
-        )
-    return {"bpb": metrics["nll"] / math.log(2), **metrics}
 
 
 @contextlib.contextmanager

@@ -43,9 +43,10 @@ class _Console(Console):
 class Progress:
     """Prints a run's progress: step, bytes seen, bits per byte (training and held-out), bytes/s, time left."""
 
-    def __init__(self, steps: int, console: Console | None = None, every_seconds: float = 10.0):
+    def __init__(self, steps: int, console: Console | None = None, every_seconds: float = 10.0, *, quiet: bool = False):
+        """`quiet`: print nothing (of several processes one speaks)."""
         self.steps = steps
-        self.console = console or _Console(stderr=True, highlight=False)
+        self.console = console or _Console(stderr=True, highlight=False, quiet=quiet)
         self._live = (
             Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
         )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bytelm.config import Config
 from bytelm.models.build import init_params, structure
@@ -15,7 +15,8 @@ from bytelm.parallel.rules import state_shardings
 from bytelm.train.capacity import first_capacity
 from bytelm.train.optim import make_optimizer
 
-State = dict[str, Any]  # {"params", "opt", "step"}, and for models that chunk {"chunks": {"need", "capacity"}}
+# {"params", "opt", "step", "skipped": {"in_row", "total"}}, and for models that chunk {"chunks": {"need", "capacity"}}
+State = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Setup:
     optimizer: optax.GradientTransformation
     abstract: State  # shapes and dtypes, with shardings
     shardings: State
+    replicated: NamedSharding  # of what every device holds whole
 
 
 def plan_state(config: Config, mesh: Mesh) -> Setup:
@@ -35,12 +37,13 @@ def plan_state(config: Config, mesh: Mesh) -> Setup:
     abstract = jax.eval_shape(lambda: _init(config, optimizer))
     shardings = state_shardings(mesh, abstract)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    return Setup(graph, optimizer, abstract, shardings)
+    return Setup(graph, optimizer, abstract, shardings, NamedSharding(mesh, PartitionSpec()))
 
 
 def _init(config: Config, optimizer: optax.GradientTransformation) -> State:
     params = init_params(config.model, jax.random.key(config.train.seed))
-    state = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+    zero = jnp.zeros((), jnp.int32)
+    state = {"params": params, "opt": optimizer.init(params), "step": zero, "skipped": {"in_row": zero, "total": zero}}
     capacity = first_capacity(config.model, config.data.seq_len)
     if capacity:
         state["chunks"] = {"need": jnp.zeros(len(capacity), jnp.float32), "capacity": jnp.array(capacity, jnp.int32)}

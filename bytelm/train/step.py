@@ -1,27 +1,30 @@
 """The jitted train and evaluation steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
-from jaxtyping import Array, Int
+from jax.sharding import Mesh
+from jaxtyping import Array
 
 from bytelm.config import Config
+from bytelm.data.pipeline import Batch
 from bytelm.models.base import Level, Network
-from bytelm.models.build import Params
+from bytelm.models.build import Params, byte_ids
 from bytelm.models.chunk_metrics import row_need
-from bytelm.parallel.mesh import shard, to_spec
+from bytelm.parallel.hosts import place_rows
+from bytelm.parallel.mesh import shard
 from bytelm.parallel.rules import path_string
 from bytelm.train.capacity import Capacity, track_need
 from bytelm.train.losses import token_nll
 from bytelm.train.state import Setup, State
 
 SUMS = ("nll",)  # metrics that microbatches add up to; the others are averaged
-DeviceBatch = dict[str, Int[Array, "b t"]]
+FED = ("inputs", "targets", "segments")  # what a network is given of a batch
+DeviceBatch = dict[str, Array]  # FED, each [b, t]; and from several processes "wishes" [b, 2]: to stop, to save
 
 
 def cast_matrices(params: Params, dtype: str) -> Params:
@@ -44,9 +47,10 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
     capacity is compiled once.
 
     The loss is the mean nats per target over the whole batch plus the mean of the microbatches' auxiliary losses;
-    microbatches are summed in float32.
+    microbatches are summed in float32. A batch whose loss or gradient is not finite changes nothing but the counts of
+    `step` and `skipped`.
     """
-    accum = config.train.grad_accum
+    accum, end = config.train.grad_accum, byte_ids(config.model).end
 
     def micro_loss(params, batch, total, capacity):
         network: Network = nnx.merge(setup.graph, cast_matrices(params, config.model.dtype))
@@ -63,7 +67,7 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
             grads, (metrics, needs) = gradient(state["params"], batch, total)
         else:
             # Row i * accum + j goes to microbatch j, so that every device keeps its own rows.
-            micro = {k: shard(v.reshape(-1, accum, v.shape[-1]), "batch", None, None) for k, v in batch.items()}
+            micro = {k: shard(batch[k].reshape(-1, accum, batch[k].shape[-1]), "batch", None, None) for k in FED}
             micro = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), micro)
 
             def add(carry, one):
@@ -77,14 +81,22 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
             metrics = {k: v if k in SUMS or k.endswith("/dropped") else v / accum for k, v in metrics.items()}
         updates, opt = setup.optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "targets": total}
-        new = {"params": params, "opt": opt, "step": state["step"] + 1}
+        norm = optax.tree.norm(grads)
+        new = {"params": params, "opt": opt}
         if "chunks" in state:
             chunks = state["chunks"]
             new["chunks"] = {"need": track_need(chunks["need"], needs), "capacity": chunks["capacity"]}
-        return new, metrics
+        finite = jnp.isfinite(metrics["nll"]) & jnp.isfinite(norm)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, {part: state[part] for part in new})
+        bad = 1 - finite.astype(jnp.int32)
+        in_row, in_all = bad * (state["skipped"]["in_row"] + 1), bad + state["skipped"]["total"]
+        metrics |= {"grad_norm": norm, "targets": total, "skipped_in_row": in_row, "skipped": in_all}
+        metrics["read"] = jnp.sum((batch["segments"] > 0) & (batch["targets"] != end))  # bytes of text
+        if "wishes" in batch:
+            metrics["wishes"] = batch["wishes"].any(axis=0)
+        return {**new, "step": state["step"] + 1, "skipped": {"in_row": in_row, "total": in_all}}, metrics
 
-    return jax.jit(step, donate_argnums=0, static_argnums=2, out_shardings=(setup.shardings, None))
+    return jax.jit(step, donate_argnums=0, static_argnums=2, out_shardings=(setup.shardings, setup.replicated))
 
 
 def make_eval_step(config: Config, setup: Setup) -> Callable[[Params, Array, Array], tuple[Array, tuple[Level, ...]]]:
@@ -96,10 +108,14 @@ def make_eval_step(config: Config, setup: Setup) -> Callable[[Params, Array, Arr
         out = network(inputs)
         return -token_nll(out.logits, targets), out.levels
 
-    return jax.jit(logprobs)
+    return jax.jit(logprobs, out_shardings=setup.replicated)
 
 
-def place_batch(batch: dict, mesh) -> DeviceBatch:
-    """Puts this process's rows of a batch onto the mesh, split over its batch axes."""
-    sharding = NamedSharding(mesh, to_spec(("batch", None)))
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+def place_batch(batch: Batch, mesh: Mesh, mine: Sequence[int] | None = None, rows: int = 0) -> DeviceBatch:
+    """Puts what a network needs of a batch onto the mesh, split over its batch axes.
+
+    With several processes, `batch` holds the rows `mine` of `rows`.
+    """
+    rows = rows or len(batch["inputs"])
+    mine = range(rows) if mine is None else mine
+    return {k: place_rows(batch[k], mesh, mine, rows) for k in (*FED, "wishes") if k in batch}

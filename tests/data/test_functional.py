@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytelm.data.functional import cut_pieces, document_piece
+from bytelm.data.functional import count_pieces, document_piece, locate_piece
 from bytelm.vocab import ByteIds
 
 IDS = ByteIds(start=300, end=301, offset=3)
@@ -13,9 +13,9 @@ IDS = ByteIds(start=300, end=301, offset=3)
 @given(st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=6), st.integers(1, 50))
 def test_pieces_tile_the_documents(documents, piece):
     lengths = np.array([len(d) for d in documents], np.int64)
-    which, starts = cut_pieces(lengths, piece)
+    ends = np.cumsum(count_pieces(lengths, piece))
     rebuilt = {i: [] for i in range(len(documents))}
-    for document, start in zip(which.tolist(), starts.tolist()):
+    for document, start in (locate_piece(ends, i, piece) for i in range(int(ends[-1]))):
         text = documents[document]
         pair = document_piece(
             text[start : start + piece], text[start - 1] if start else None, start + piece > len(text), IDS

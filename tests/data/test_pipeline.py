@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bytelm.config import ConfigError, DataConfig
-from bytelm.data.pipeline import Batches, Pieces, load_text, records
+from bytelm.data.pipeline import Batches, Pieces, cut, load_text, records
 from bytelm.data.sources import open_corpus
 from bytelm.vocab import FLAT_IDS
 
@@ -43,8 +43,8 @@ def test_an_epoch_predicts_every_byte_once(corpus, packing):
     wanted = np.zeros(257, int)
     for i in range(len(corpus)):
         wanted += np.bincount([*corpus.read(i), 256], minlength=257)
-    source = records([corpus], config, FLAT_IDS, 0)
-    seen = sum(np.bincount(source[i]["pair"][:, 1], minlength=257) for i in range(per_epoch))
+    source = records(cut([corpus], config, FLAT_IDS), config, 0)
+    seen = sum(np.bincount(source[i]["columns"][:, 1], minlength=257) for i in range(per_epoch))
     assert (seen == wanted).all()
     # Two passes' worth of rows hold at least one whole pass of every byte, and no byte that is not in the text.
     total = np.zeros(257, int)
@@ -99,8 +99,8 @@ def test_rows_come_from_their_streams(corpus):
         for r in range(4):
             rows[r].append(batch["inputs"][r])
     for stream in range(2):
-        alone = records([corpus], CONFIG, FLAT_IDS, 0)[stream::2]
-        ids = np.concatenate([alone[i]["pair"][:, 0] for i in range(40)])
+        alone = records(cut([corpus], CONFIG, FLAT_IDS), CONFIG, 0)[stream::2]
+        ids = np.concatenate([alone[i]["columns"][:, 0] for i in range(40)])
         interleaved = np.concatenate([row for pair in zip(rows[stream], rows[stream + 2]) for row in pair])
         assert (ids[: len(interleaved)] == interleaved).all()
 

@@ -11,7 +11,8 @@ import pytest
 import zstandard
 
 from bytelm.config import ConfigError
-from bytelm.data.sources import DataError, open_corpus, split_validation
+from bytelm.data.readers import DataError
+from bytelm.data.sources import open_corpus, split_validation
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_missing_empty_and_unreadable(files):
     with pytest.raises(ConfigError, match="hold no text"):
         open_corpus((str(files / "e.txt"),))
     (files / "p.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ConfigError, match=r"\.parquet files are not read"):
+    with pytest.raises(ConfigError, match=r"\.parquet is read by bytelm prepare"):
         open_corpus((str(files / "p.parquet"),))
 
 

@@ -16,7 +16,7 @@ from bytelm.checkpoint import find_checkpoint, list_steps, restore_params
 from bytelm.cli import run as cli
 from bytelm.config import CapacityConfig, ConfigError, SSMConfig
 from bytelm.data.pipeline import Batches, load_text
-from bytelm.data.sources import DataError
+from bytelm.data.readers import DataError
 from bytelm.metrics import read_metrics
 from bytelm.models.build import byte_ids, structure
 from bytelm.models.hnet_recipe import lr_multipliers

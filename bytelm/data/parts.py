@@ -1,0 +1,170 @@
+"""Parts: what `bytelm prepare` makes of each unit of input before it knows the rest.
+
+A part is KEY.docs (its documents end to end), KEY.lengths.npy, KEY.hashes.npy, KEY.errors (records that could not be
+read), and, written last, KEY.json. KEY is a hash of all that decides the content.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bytelm.data.jobs import JobDied, run_jobs
+from bytelm.data.readers import RecordError
+from bytelm.data.units import PrepareOptions, Source, Unit, read_span, records_before
+
+RESERVED = (0xFE, 0xFF)  # bytes that H-Net keeps for its own symbols; valid UTF-8 has neither
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """A unit of input with all that reading it needs."""
+
+    folder: str  # of the parts
+    key: str  # of the part: names its files
+    sources: tuple[Source, ...]  # of the spans
+    unit: Unit
+    options: PrepareOptions
+
+
+def part_job(parts: Path, unit: Unit, sources: list[Source], options: PrepareOptions) -> PartJob:
+    mine = tuple(sources[span.source] for span in unit)
+    plain = [(source.path, source.size, source.changed, span.begin, span.end) for source, span in zip(mine, unit)]
+    read = {name: getattr(options, name) for name in ("text_field", "records", "reserved", "max_record_bytes")}
+    return PartJob(str(parts), hash_of(plain, read), mine, unit, options)
+
+
+def hash_of(*things: Any) -> str:
+    return hashlib.sha256(json.dumps(things, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def part_path(job: PartJob, suffix: str) -> Path:
+    return Path(job.folder) / f"{job.key}{suffix}"
+
+
+def report_of(job: PartJob) -> dict[str, Any]:
+    return json.loads(part_path(job, ".json").read_text(encoding="utf-8"))
+
+
+def errors_of(job: PartJob) -> Iterator[tuple[Source, int, str]]:
+    """(file, number of the record within the file, reason) of each record of a part that could not be read."""
+    before = functools.cache(lambda i: records_before(job.sources[i], job.unit[i].begin))
+    with open(part_path(job, ".errors"), encoding="utf-8") as file:
+        for line in file:
+            i, index, reason = json.loads(line)
+            yield job.sources[i], before(i) + index, reason
+
+
+def read_unit(job: PartJob, alone: bool = False, died: bool = False) -> None:
+    """Makes the part of a unit. `alone`: each span in a process of its own; `died`: its process did, report that."""
+    documents = _DocumentWriter(job)
+    try:
+        for i, (source, span) in enumerate(zip(job.sources, job.unit)):
+            if alone:
+                one = dataclasses.replace(job, key=f"{job.key}-{i}", sources=(source,), unit=(span,))
+                ((_, outcome),) = run_jobs(read_unit, [one], 1)
+                if isinstance(outcome, JobDied):
+                    read_unit(one, died=True)
+                documents.take(i, one)
+            elif died:
+                documents.refuse(i, 0, "the process that read it died (a damaged file, or not enough memory)")
+            else:
+                for index, text in read_span(source, span, job.options):
+                    documents.add(i, index, text)
+        documents.finish()
+    finally:
+        documents.close()
+
+
+class _DocumentWriter:
+    """Writes one part: KEY.docs, .lengths.npy, .hashes.npy, .errors, and KEY.json last of all."""
+
+    def __init__(self, job: PartJob):
+        self.job = job
+        self._docs = open(part_path(job, ".docs"), "wb")  # noqa: SIM115
+        self._errors = open(part_path(job, ".errors"), "w", encoding="utf-8")  # noqa: SIM115
+        self._lengths: list[int] = []
+        self._hashes: list[bytes] = []
+        self._unreadable, self._empty = 0, 0
+        self._by_source = [{"documents": 0, "bytes": 0, "empty": 0, "unreadable": 0} for _ in job.unit]
+
+    def add(self, source: int, index: int, text: Iterable[bytes] | RecordError) -> None:
+        """A record: its text in chunks, or why it cannot be read."""
+        begin, digest = self._docs.tell(), hashlib.blake2b(digest_size=16)
+        try:
+            if isinstance(text, RecordError):
+                raise text
+            for chunk in text:
+                self._check(chunk, self._docs.tell() - begin)
+                digest.update(chunk)
+                self._docs.write(chunk)
+        except RecordError as e:
+            self._docs.seek(begin)
+            self._docs.truncate()
+            self.refuse(source, index, str(e))
+            return
+        length = self._docs.tell() - begin
+        counts = self._by_source[source]
+        if not length:
+            counts["empty"] += 1
+            return
+        counts["documents"] += 1
+        counts["bytes"] += length
+        self._lengths.append(length)
+        self._hashes.append(digest.digest())
+
+    def _check(self, chunk: bytes, offset: int) -> None:
+        if self.job.options.reserved == "error":
+            found = [at for byte in RESERVED if (at := chunk.find(byte)) >= 0]
+            if found:
+                raise RecordError(
+                    f"byte 0x{chunk[min(found)]:02X} at offset {offset + min(found)} (never in UTF-8, an H-Net keeps "
+                    "it for its own symbols; --reserved keep takes such text for other models)"
+                )
+
+    def refuse(self, source: int, index: int, reason: str) -> None:
+        """Counts and notes a record that could not be read."""
+        self._by_source[source]["unreadable"] += 1
+        self._errors.write(json.dumps([source, index, reason]) + "\n")
+
+    def take(self, source: int, other: PartJob) -> None:
+        """Adds the part of one span, read elsewhere, and removes it."""
+        with open(part_path(other, ".docs"), "rb") as docs:
+            shutil.copyfileobj(docs, self._docs)
+        with open(part_path(other, ".errors"), encoding="utf-8") as file:
+            for line in file:
+                _, index, reason = json.loads(line)
+                self._errors.write(json.dumps([source, index, reason]) + "\n")
+        self._lengths += np.load(part_path(other, ".lengths.npy")).tolist()
+        self._hashes += [row.tobytes() for row in np.load(part_path(other, ".hashes.npy"))]
+        self._by_source[source] = report_of(other)["sources"][0]
+        for path in Path(other.folder).glob(f"{other.key}.*"):
+            path.unlink()
+
+    def finish(self) -> None:
+        self.close()
+        np.save(part_path(self.job, ".lengths.npy"), np.array(self._lengths, np.int64))
+        hashes = np.frombuffer(b"".join(self._hashes), np.uint8).reshape(-1, 16)
+        np.save(part_path(self.job, ".hashes.npy"), hashes)
+        together = {key: sum(counts[key] for counts in self._by_source) for key in ("documents", "unreadable")}
+        write_json(
+            part_path(self.job, ".json"),
+            {"read": sum(span.size for span in self.job.unit), **together, "sources": self._by_source},
+        )
+
+    def close(self) -> None:
+        self._docs.close()
+        self._errors.close()

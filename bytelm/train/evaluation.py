@@ -1,0 +1,61 @@
+"""What a run measures of its current weights: held-out bits per byte, and where they cut a text."""
+
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from bytelm.boundaries import Boundaries, first_rows, text_boundaries
+from bytelm.config import Config
+from bytelm.data.corpus import Corpus
+from bytelm.evals.bpb import BitsPerByte, bits_per_byte, first_bytes, window_scorer
+from bytelm.models.build import byte_ids
+from bytelm.parallel.hosts import rows_here
+from bytelm.train.step import place_batch
+from bytelm.vocab import complete_prefix
+from bytelm.windows import DEFAULT_WINDOW
+
+WATCHED_BYTES = 600  # of the held-out text, for the report on chunks
+
+
+class Evaluation:
+    """Scores texts with a run's jitted evaluation step. Every process must call it at the same point."""
+
+    def __init__(self, config: Config, mesh: Mesh, eval_step: Any, text: Corpus):
+        self.config, self.mesh, self.eval_step, self.text = config, mesh, eval_step, text
+        self.ids = byte_ids(config.model, config.data.reserved)
+        self.window = config.eval.window or min(config.data.seq_len, DEFAULT_WINDOW)
+        self.rows = config.eval.batch_size or config.data.batch_size
+        self._mine = rows_here(mesh, self.rows)
+
+    def bits_per_byte(self, params: Any, max_bytes: int) -> BitsPerByte | None:
+        """Of the held-out text; None when there is none."""
+        if len(self.text) == 0:
+            return None
+
+        def logprobs(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+            return np.asarray(self._step(params, inputs, targets)[0])
+
+        score = window_scorer(logprobs, self.ids, window=self.window, batch_size=self.rows)
+        return bits_per_byte(score, first_bytes(self.text, max_bytes), self.window)
+
+    def boundaries(self, params: Any, text: bytes) -> list[Boundaries]:
+        """Where the weights cut a text; no levels for a model without chunks."""
+
+        def levels_of(row):
+            inputs = np.zeros((self.rows, self.window), np.int32)
+            inputs[0, : len(row)] = row
+            return first_rows(self._step(params, inputs, inputs)[1])
+
+        return text_boundaries(levels_of, text, self.ids, self.window)
+
+    def watched_text(self) -> bytes:
+        """The text whose chunks the report follows: train.watch_text, or the start of the held-out text."""
+        given = self.config.train.watch_text.encode("utf-8", "surrogateescape")
+        text = given or b"".join(first_bytes(self.text, WATCHED_BYTES))
+        return text[: complete_prefix(text)]
+
+    def _step(self, params: Any, inputs: np.ndarray, targets: np.ndarray) -> tuple:
+        batch = {"inputs": inputs[self._mine], "targets": targets[self._mine]}
+        placed = place_batch(batch, self.mesh, self._mine, self.rows)
+        return self.eval_step(params, placed["inputs"], placed["targets"])
