@@ -6,15 +6,18 @@ lowest held-out bits per byte, and their config).
 
 import contextlib
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from bytelm.codec import from_dict, to_dict
 from bytelm.config import CheckpointConfig, Config, ConfigError
+from bytelm.parallel.hosts import barrier, gather, is_first
 
 
 class CheckpointError(ValueError):
@@ -25,9 +28,17 @@ class Checkpoints:
     """The checkpoints of one run directory."""
 
     def __init__(self, run_dir: Path, options: CheckpointConfig):
+        """Every process of a run makes one, and calls its methods at the same points."""
         self.folder, self.best_folder = run_dir / "checkpoints", run_dir / "best"
-        for left_over in run_dir.glob("*/*.orbax-checkpoint-tmp*"):  # of a process that was killed while saving
-            shutil.rmtree(left_over, ignore_errors=True)
+        if is_first():
+            for left_over in run_dir.glob("*/*.orbax-checkpoint-tmp*"):  # of a process that was killed while saving
+                shutil.rmtree(left_over, ignore_errors=True)
+        barrier("left-over checkpoints removed")
+        for noisy in (
+            "asyncio",
+            "absl",
+        ):  # of a save that fails, every array logs a traceback; one error is raised to us
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
         self._manager = _manager(self.folder, options.keep, options.keep_every or None)
         self._best = _manager(self.best_folder, 1) if options.best else None
 
@@ -36,6 +47,7 @@ class Checkpoints:
         is full or the folder cannot be written; earlier checkpoints stand."""
         rest = {k: v for k, v in state.items() if k != "params"}
         with _saving(self.folder):
+            _check_space(self.folder, state)
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state["params"]), rest=ocp.args.StandardSave(rest),
@@ -49,6 +61,7 @@ class Checkpoints:
             if step in self._best.all_steps():
                 self._best.delete(step)
             with _saving(self.best_folder):
+                _check_space(self.best_folder, params)
                 self._best.save(step, args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)), force=True)  # fmt: skip
 
@@ -71,6 +84,7 @@ class Checkpoints:
         rest = {k: v for k, v in abstract.items() if k != "params"}
         broken: list[tuple[int, str]] = []
         for step in reversed(self.steps()):
+            saved, reason = None, ""
             try:
                 saved = self._manager.restore(step, args=ocp.args.Composite(
                     params=ocp.args.StandardRestore(abstract["params"]), rest=ocp.args.StandardRestore(rest),
@@ -78,7 +92,10 @@ class Checkpoints:
                 if not (isinstance(saved["data"], dict) and isinstance(saved["meta"], dict)):
                     raise CheckpointError("its data or meta record is not a mapping")
             except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
-                broken.append((step, _reason(e)))
+                reason = _reason(e)
+            reasons = [said for said in gather(reason) if said]  # another process may have met what this one did not
+            if saved is None or reasons:
+                broken.append((step, reasons[0]))
                 continue
             for bad, reason in broken:
                 self._set_aside(bad, reason)
@@ -95,11 +112,13 @@ class Checkpoints:
         return None
 
     def _set_aside(self, step: int, reason: str) -> None:
-        target = self.folder / f"broken-{step}"
-        print(f"[checkpoint] {self.folder / str(step)} cannot be read ({reason}); moved to {target.name}, "
-              "going on from the one before it", file=sys.stderr, flush=True)  # fmt: skip
-        shutil.rmtree(target, ignore_errors=True)
-        (self.folder / str(step)).rename(target)
+        if is_first():
+            target = self.folder / f"broken-{step}"
+            print(f"[checkpoint] {self.folder / str(step)} cannot be read ({reason}); moved to {target.name}, "
+                  "going on from the one before it", file=sys.stderr, flush=True)  # fmt: skip
+            shutil.rmtree(target, ignore_errors=True)
+            (self.folder / str(step)).rename(target)
+        barrier(f"checkpoint {step} set aside")
         self._manager.reload()
 
     def wait(self) -> None:
@@ -122,6 +141,14 @@ def _reason(error: Exception) -> str:
 def _manager(folder: Path, keep: int, period: int | None = None) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=period, create=True)
     return ocp.CheckpointManager(folder.resolve(), options=options)
+
+
+def _check_space(folder: Path, tree: Any) -> None:
+    """Raises OSError when the disk has no room for the arrays, before anything is written: a save that fails half-way
+    is as safe, but tensorstore then prints a page for every array."""
+    needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"it takes {needed / 1e9:,.2f} GB, the disk has {free / 1e9:,.2f} GB free")
 
 
 @contextlib.contextmanager
@@ -199,6 +226,9 @@ def blocking_changes(changes: list[str]) -> list[str]:
     return [c for c in changes if not any((c.split(":")[0] + ".").startswith(free + ".") for free in FREE_ON_RESUME)]
 
 
+FORMAT = "bytelm-checkpoint-2"  # 1 had no count of skipped batches
+
+
 def make_meta(config: Config, step: int, **more: Any) -> dict:
     """The record saved beside a checkpoint."""
-    return {"format": "bytelm-checkpoint-1", "step": step, "config": to_dict(config), **more}
+    return {"format": FORMAT, "step": step, "config": to_dict(config), **more}

@@ -83,9 +83,24 @@ def train(args: list[str]) -> int:
     config = read_config(source, rest, "bytelm train")
     if dry:
         return _dry_run(config)
+    import jax
+
+    from bytelm.parallel import hosts
+    from bytelm.plan import explain_out_of_memory
     from bytelm.train.loop import train as run
 
-    run(config)
+    try:
+        run(config)
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" in str(e):
+            raise ConfigError(explain_out_of_memory(config, str(e), len(jax.devices()))) from None
+        if not hosts.several():
+            raise
+        hosts.leave(f"another process is gone: {str(e).splitlines()[0]}", EXIT_CHECK_FAILED)
+    except Exception as e:
+        if not hosts.several():
+            raise
+        hosts.leave(str(e), _status(e))  # at once: the others would wait for this one
     return EXIT_OK
 
 

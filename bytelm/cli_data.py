@@ -59,7 +59,7 @@ class _Show:
                    rich_progress.TransferSpeedColumn(), rich_progress.TimeRemainingColumn(),
                    "{task.fields[said]}")  # fmt: skip
         self._bar = rich_progress.Progress(*columns, console=self._console, transient=True)
-        self._task, self._phase = None, ""
+        self._tasks: dict[str, rich_progress.TaskID] = {}
         self._every, self._last = every_seconds, time.monotonic()
 
     def __enter__(self) -> "_Show":
@@ -73,9 +73,9 @@ class _Show:
     def __call__(self, now: Progress) -> None:
         said = f"{now.documents:,} documents" + (f", {now.unreadable:,} unreadable" if now.unreadable else "")
         if self._console.is_terminal:
-            if self._task is None or now.phase != self._phase:
-                self._task, self._phase = self._bar.add_task(now.phase, total=now.total, said=said), now.phase
-            self._bar.update(self._task, completed=now.done, said=said)
+            if now.phase not in self._tasks:
+                self._tasks[now.phase] = self._bar.add_task(now.phase, total=now.total, said=said)
+            self._bar.update(self._tasks[now.phase], completed=now.done, said=said)
         elif time.monotonic() - self._last >= self._every or now.done == now.total:
             self._last = time.monotonic()
             self._console.print(

@@ -228,6 +228,30 @@ def _engineering(value: float) -> str:
     return f"{value:.3g} Z"
 
 
+def explain_out_of_memory(config: Config, said: str, devices: int) -> str:
+    """What to tell a user whose step did not fit: what was asked for, what takes memory, and what to change."""
+    lines = [f"out of memory on a device: {said.splitlines()[0]}"]
+    try:
+        memory = make_plan(config, devices).memory
+    except ConfigError:
+        memory = {}
+    if memory:
+        lines.append(f"By formula one device of {devices} holds (bytelm plan says more):")
+        lines += [f"  {use:<28}{size / 2**30:>10.3f} GiB" for use, size in memory.items()]
+    rows = config.data.batch_size // config.train.grad_accum
+    remat = "model.stack.remat" if isinstance(config.model, FlatConfig) else "model.remat"
+    advice = [
+        f"rows at a time: --train.grad-accum {2 * config.train.grad_accum} (now {rows} rows together), or a smaller "
+        f"--data.batch-size (now {config.data.batch_size})",
+        f"length of a row: a smaller --data.seq-len (now {config.data.seq_len})",
+        f"more recomputed: --{remat} full",
+        "more devices to share weights and optimizer: --mesh.fsdp",
+    ]
+    if config.model.dtype == "float32":
+        advice.insert(2, "half the width of what is kept: --model.dtype bfloat16 (on an accelerator)")
+    return "\n".join([*lines, "What helps, in this order:", *(f"  - {a}" for a in advice)])
+
+
 def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain data."""
     return dataclasses.asdict(plan) | {"total_parameters": plan.total_parameters, "total_memory": plan.total_memory}

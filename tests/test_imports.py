@@ -21,7 +21,7 @@ ARROWS = {
     "models": {"nn", "parallel"},
     "interop": {"models", "nn", "parallel", "checkpoint", "train.losses"},
     "data": set(),
-    "checkpoint": set(),
+    "checkpoint": {"parallel.hosts"},
     "evals": {"lm", "data", "generate", "metrics"},
     "generate": {"models"},
     "lm": {"models", "interop", "generate", "checkpoint"},

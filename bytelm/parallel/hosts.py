@@ -5,8 +5,9 @@ With one process everything here is a no-op or the identity.
 
 import json
 import os
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -69,6 +70,18 @@ def _number(name: str, default: int) -> int:
     if value and not value.lstrip("-").isdecimal():
         raise ConfigError(f"{name}={value!r}: must be a whole number")
     return int(value) if value else default
+
+
+def several() -> bool:
+    """Whether this is one of several processes."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def leave(why: str, status: int) -> NoReturn:
+    """Ends this process at once, without waiting for the others, which then end as well."""
+    print(f"bytelm: process {jax.process_index()} of {jax.process_count()} ends with status {status}: {why}",
+          file=sys.stderr, flush=True)  # fmt: skip
+    os._exit(status)
 
 
 def is_first() -> bool:

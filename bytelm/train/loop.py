@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import yaml
 
-from bytelm.checkpoint import Checkpoints, blocking_changes, make_meta, read_meta, stored_config
+from bytelm.checkpoint import FORMAT, Checkpoints, blocking_changes, make_meta, read_meta, stored_config
 from bytelm.codec import differences, dumps, to_dict
 from bytelm.config import Config, ConfigError
 from bytelm.data.pipeline import Batches, join_states, load_text
@@ -279,7 +279,13 @@ def _resume(config: Config, checkpoints: Checkpoints, abstract: Any, progress: P
     """The newest readable checkpoint, if its config allows to go on from it."""
     for step in reversed(checkpoints.steps()):
         with contextlib.suppress(ValueError):  # an unreadable meta record: restore() below says so and goes back
-            stored = stored_config(read_meta(checkpoints.folder / str(step)), str(checkpoints.folder / str(step)))
+            meta = read_meta(checkpoints.folder / str(step))
+            stored = stored_config(meta, str(checkpoints.folder / str(step)))
+            if meta.get("format") != FORMAT:
+                raise ConfigError(
+                    f"{checkpoints.folder / str(step)}: saved by another version of bytelm ({meta.get('format')}, this "
+                    f"one goes on from {FORMAT}); start a new run from its weights with --train.init-from"
+                )
             changes = differences(stored, config)
             blocking = blocking_changes(changes)
             break
@@ -300,7 +306,9 @@ def _resume(config: Config, checkpoints: Checkpoints, abstract: Any, progress: P
 
 
 def _numbers(metrics: Any) -> dict[str, float]:
-    return {k: float(v) for k, v in jax.device_get(metrics).items()}
+    """What is logged of a step's metrics; the rest was for Health."""
+    logged = {k: v for k, v in metrics.items() if k not in ("wishes", "read", "skipped_in_row")}
+    return {k: float(v) for k, v in jax.device_get(logged).items()}
 
 
 @contextlib.contextmanager
