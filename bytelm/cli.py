@@ -24,7 +24,7 @@ USAGE = """usage: bytelm COMMAND ...
   chunks  RUN --text TEXT [--html FILE]                         show how a model cuts a text
   convert RUN DST                                               write weights as safetensors + config.json
   parity  CASE_DIR                                              does this machine still give the reference numbers?
-  plan    CONFIG.yaml [--devices N] [--chip h100]               parameters, FLOPs and memory, before anything runs
+  plan    CONFIG.yaml [--devices N] [--topology v5p:4x4x4]      parameters, FLOPs and memory, before anything runs
 
   bytelm COMMAND --help says more; bytelm --version prints the version."""
 
@@ -127,21 +127,34 @@ def plan(args: list[str]) -> int:
     """Prints parameters by part, useful FLOPs per byte and memory per device. Nothing is allocated.
 
     --devices N: plan for N devices; --chip NAME: compare with a chip (v5p, v6e, h100, h200 ...); --bytes-per-chunk
-    4.8,9: of each level of an H-Net (default: its targets); --json: as JSON."""
+    4.8,9: of each level of an H-Net (default: its targets); --json: as JSON.
+
+    --topology v5p:4x4x4 (or a cloud name: v5p-128, v5litepod-16, v6e-256): compiles the train step for that TPU slice
+    (extra: tpu) and adds memory as compiled, communication, times and chip-hours; --num-slices N: for N of them."""
+    from bytelm.data.sources import cache_folder
     from bytelm.plan import describe_plan, make_plan, to_json
+    from bytelm.plan_pod import describe_pod_plan, make_pod_plan, pod_to_json
+    from bytelm.topology import parse_topology
 
     source, rest = _config_command(args, "plan", plan.__doc__ or "")
     as_json, rest = _take_flag(rest, "--json")
     devices, rest = _take_option(rest, "--devices", "0")
     chip, rest = _take_option(rest, "--chip", "")
     chunks, rest = _take_option(rest, "--bytes-per-chunk", "")
+    topology, rest = _take_option(rest, "--topology", "")
+    slices, rest = _take_option(rest, "--num-slices", "1")
     try:
         per_chunk = tuple(float(n) for n in chunks.split(",") if n)
     except ValueError:
         raise ConfigError(f"--bytes-per-chunk {chunks}: give numbers with commas between them, one per level") from None
-    if not (devices.isascii() and devices.isdecimal()):
-        raise ConfigError(f"--devices {devices}: must be a whole number")
+    for option, value in (("--devices", devices), ("--num-slices", slices)):
+        if not (value.isascii() and value.isdecimal()):
+            raise ConfigError(f"{option} {value}: must be a whole number")
     config = read_config(source, rest, "bytelm plan")
+    if topology:
+        pod = make_pod_plan(config, parse_topology(topology, int(slices)), cache_folder("") / "plans", per_chunk)
+        print(json.dumps(pod_to_json(pod)) if as_json else describe_pod_plan(config, pod))
+        return EXIT_OK
     made = make_plan(config, int(devices), chip, per_chunk)
     print(json.dumps(to_json(made)) if as_json else describe_plan(config, made))
     return EXIT_OK

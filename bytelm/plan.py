@@ -187,11 +187,11 @@ def describe_plan(config: Config, plan: Plan) -> str:
     total = steps * plan.bytes_per_step
     lines += [
         "",
-        f"useful FLOPs per byte: {_engineering(plan.forward_flops_per_byte)} forward, "
-        f"{_engineering(plan.train_flops_per_byte)} training (rows of {config.data.seq_len} bytes)",
+        f"useful FLOPs per byte: {engineering(plan.forward_flops_per_byte)} forward, "
+        f"{engineering(plan.train_flops_per_byte)} training (rows of {config.data.seq_len} bytes)",
         *_describe_chunks(plan),
-        f"a step reads {plan.bytes_per_step:,} bytes; {steps:,} steps read {_engineering(total)} bytes "
-        f"and cost {_engineering(total * plan.train_flops_per_byte)} FLOPs",
+        f"a step reads {plan.bytes_per_step:,} bytes; {steps:,} steps read {engineering(total)} bytes "
+        f"and cost {engineering(total * plan.train_flops_per_byte)} FLOPs",
         "",
         "memory on one device of the mesh " + " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items()) + ":",
     ]
@@ -204,7 +204,7 @@ def describe_plan(config: Config, plan: Plan) -> str:
         lines += [
             f"  of {plan.chip.memory / 2**30:.0f} GiB on a {plan.chip.name}: {100 * share:.1f} %"
             + ("  DOES NOT FIT" if share > 1 else ""),
-            f"at 40 % utilisation {devices} x {plan.chip.name} would read {_engineering(0.4 * rate)} bytes/s",
+            f"at 40 % utilisation {devices} x {plan.chip.name} would read {engineering(0.4 * rate)} bytes/s",
         ]
     return "\n".join(lines)
 
@@ -216,11 +216,12 @@ def _describe_chunks(plan: Plan) -> list[str]:
     slots = " and ".join(f"{n:,}" for n in plan.slots)
     return [
         f"at {each} bytes per chunk (--bytes-per-chunk); with {slots} chunk slots per row, as training starts, a step "
-        f"executes {_engineering(plan.executed_flops_per_byte)} per byte; the memory below is for those",
+        f"executes {engineering(plan.executed_flops_per_byte)} per byte; the memory below is for those",
     ]
 
 
-def _engineering(value: float) -> str:
+def engineering(value: float) -> str:
+    """2.5e9 -> 2.5 G."""
     for unit in ("", " k", " M", " G", " T", " P", " E"):
         if value < 1000:
             return f"{value:.3g}{unit}"

@@ -32,7 +32,7 @@ def byte_ids(config: ModelConfig, reserved: str = "error") -> ByteIds:
 
 def structure(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
     """The network without weights: its graph, and the shapes of its parameters as a nested dict. Allocates nothing."""
-    model = jax.eval_shape(lambda key: build(config, key), jax.random.key(0))
+    model = jax.eval_shape(lambda: build(config, jax.random.key(0)))
     graph, state = nnx.split(model, nnx.Param)
     return graph, nnx.to_pure_dict(state)
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bytelm.config import StackConfig
 from bytelm.nn.cache import AttentionCache
 from bytelm.nn.layers import Linear, rotate, wide
-from bytelm.parallel.mesh import shard
+from bytelm.parallel.mesh import platform, shard
 
 
 def attend(
@@ -116,7 +116,7 @@ def full_attend(
     """
     if kernel == "auto":
         fits = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and segments is None
-        fits = fits and jax.default_backend() == "gpu"
+        fits = fits and platform() == "gpu"
         kernel = "cudnn" if fits else "xla"
     if kernel == "xla" and q.shape[1] > 2 * QUERY_BLOCK:
         return blocked_attend(q, k, v, segments)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bytelm.nn.layers import wide
+from bytelm.parallel.mesh import platform
 
 
 def causal_conv(
@@ -110,7 +111,7 @@ def ssd(
     before = jnp.concatenate([segments[:1, :, 0], segments[:-1, :, -1]])  # segment that a chunk's carried state is of
     first = jnp.zeros((b, h, p, B.shape[-1]), kind)
     if form == "auto":
-        form = "scan" if jax.default_backend() == "cpu" else "batched"
+        form = "scan" if platform() == "cpu" else "batched"
     if form == "scan":
 
         def one(state, now):
@@ -164,7 +165,7 @@ def linear_scan(
     does `block` steps as one product and scans over blocks. Computes in float32 or wider.
     """
     if form == "auto":
-        form = "scan" if jax.default_backend() == "cpu" else "blocked"
+        form = "scan" if platform() == "cpu" else "blocked"
     kind = wide(x.dtype)
     return _linear_scan(form, block, decay.astype(kind), x.astype(kind))
 

@@ -1,6 +1,7 @@
 """The device mesh and the one sharding hint that models use."""
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -42,6 +43,14 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
             f"them where one is -1), but {len(devices)} are here: change mesh.* so that they multiply to {len(devices)}"
         )
     shape = tuple(sizes[axis] for axis in AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:  # TPU slices joined by the slower network of their hosts: copies of the model go across it
+        if shape[0] % slices:
+            raise ConfigError(f"mesh.data={shape[0]} on {slices} slices: each holds whole copies of the model, so make "
+                              f"it a multiple of {slices}")  # fmt: skip
+        within, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(AXES) - 1))
+        order = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+        return Mesh(order, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -59,6 +68,14 @@ def check_rows(mesh: Mesh, rows: int, grad_accum: int = 1, name: str = "data.bat
 def to_spec(logical: tuple[str | None, ...]) -> P:
     """PartitionSpec of a tuple of logical axis names."""
     return P(*(LOGICAL_TO_MESH[axis] for axis in logical))
+
+
+def platform() -> str:
+    """What the mesh's devices are ("cpu", "gpu", "tpu"), also of those that are not here but compiled for; without a
+    mesh, jax's default."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    found = getattr(device, "platform", None) or jax.default_backend()
+    return "gpu" if found in ("cuda", "rocm") else found
 
 
 def shard(x: Array, *logical: str | None) -> Array:

@@ -27,19 +27,19 @@ FED = ("inputs", "targets", "segments")  # what a network is given of a batch
 DeviceBatch = dict[str, Array]  # FED, each [b, t]; and from several processes "wishes" [b, 2]: to stop, to save
 
 
+def is_cast(path: str, dtype: str) -> bool:
+    """Whether a parameter is used in the compute type: the projection matrices.
+
+    The embedding table, convolutions, norms, biases and rates stay float32: their gradients are sums over all
+    positions, which bfloat16 cannot hold. So do H-Net's routers and residual projections, which compute in float32.
+    """
+    wide = any(part in path for part in ("conv", "router", "residual"))
+    return dtype != "float32" and path.endswith("kernel") and not wide
+
+
 def cast_matrices(params: Params, dtype: str) -> Params:
-    """Projection matrices in the compute type, once per step. The embedding table, convolutions, norms, biases and
-    rates stay float32: their gradients are sums over all positions, which bfloat16 cannot hold. So do H-Net's routers
-    and residual projections, which compute in float32."""
-    if dtype == "float32":
-        return params
-
-    def cast(path, p):
-        name = path_string(path)
-        narrow = name.endswith("kernel") and not any(part in name for part in ("conv", "router", "residual"))
-        return p.astype(dtype) if narrow else p
-
-    return jax.tree.map_with_path(cast, params)
+    """Projection matrices in the compute type, once per step."""
+    return jax.tree.map_with_path(lambda path, p: p.astype(dtype) if is_cast(path_string(path), dtype) else p, params)
 
 
 def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatch, Capacity], tuple[State, dict]]:

@@ -1,0 +1,69 @@
+"""What the chips of a mesh send each other in a training step, counted from the sharding table.
+
+The compiled program is no place to count: XLA turns a gather into all-reduces of padded shards where it likes, and a
+loop's body stands there once. Here every use of a sharded array is counted by what a ring moves: gathering or reducing
+an array of n bytes over k chips moves n (k - 1) / k through each of them, an all-reduce twice that.
+"""
+
+from typing import Any
+
+import jax
+
+from bytelm.config import Config, FlatConfig, StackConfig, parse_layout
+from bytelm.parallel.mesh import to_spec
+from bytelm.parallel.rules import logical_axes, path_string
+from bytelm.train.step import is_cast
+
+PURPOSES = {
+    "parameter gather": "fsdp: each shard of the weights, forward and backward",
+    "gradient reduce": "fsdp and data: gradients to the shards that own them",
+    "tensor": "tensor: sums of partial products, forward and backward",
+    "sequence": "a row is never split over chips",
+    "between slices": "data: gradients between slices, over the hosts' network",
+}
+
+
+def bytes_per_step(
+    config: Config, params: Any, mesh: dict[str, int], slots: tuple[int, ...], slices: int = 1
+) -> dict[str, float]:
+    """Bytes through one chip in an optimizer step, by purpose. `slots`: chunk slots per row of each level."""
+    accum, width = config.train.grad_accum, 2 if config.model.dtype == "bfloat16" else 4
+    fsdp, data, tensor = mesh["fsdp"], mesh["data"], mesh["tensor"]
+    ring = lambda ways: (ways - 1) / ways  # noqa: E731
+    within = data // slices
+    out = dict.fromkeys(PURPOSES, 0.0)
+    for path, leaf in jax.tree.leaves_with_path(params):
+        name = path_string(path)
+        spec = to_spec(logical_axes(name))
+        size = leaf.size * (width if is_cast(name, config.model.dtype) else 4)
+        if "tensor" in spec:
+            size /= tensor
+        sharded = "fsdp" in spec
+        if sharded:
+            out["parameter gather"] += accum * 2 * size * ring(fsdp)
+        shard = size / fsdp if sharded else size
+        reduce = size * ring(fsdp) * (1 if sharded else 2)
+        out["gradient reduce"] += accum * (reduce + 2 * shard * ring(within))
+        out["between slices"] += accum * 2 * shard * ring(slices)
+    if tensor > 1:
+        rows = config.data.batch_size // (data * fsdp)  # over all microbatches
+        out["tensor"] = rows * _tensor_sums(config, slots) * width * 2 * ring(tensor)
+    return out
+
+
+def _tensor_sums(config: Config, slots: tuple[int, ...]) -> float:
+    """Elements per row that are summed over the tensor axis: what every mixer and MLP puts out, and the gradient of
+    what it takes in."""
+    model = config.model
+    if isinstance(model, FlatConfig):
+        return _stack_sums(model.stack, config.data.seq_len)
+    total = 0.0
+    for stage, elements in enumerate((config.data.seq_len, *slots)):
+        parts = ("encoder", "decoder") if stage < model.levels else ("main",)
+        total += sum(_stack_sums(model.stack(stage, part), elements) for part in parts)
+    return total
+
+
+def _stack_sums(stack: StackConfig, elements: int) -> float:
+    blocks = sum(count * (2 if kind.isupper() else 1) for kind, count in parse_layout(stack.layout))
+    return 2.0 * blocks * elements * stack.d_model
