@@ -25,6 +25,10 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
 }  # fmt: skip
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_NO_ROOM = (
+    r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) (?:hbm|HBM)",
+    r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",  # says what temporaries alone take
+)
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 
 
@@ -131,8 +135,11 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
 
 def out_of_memory(said: str) -> dict[str, float] | None:
     """GiB that a step needs and a chip has, from what XLA says; None when it says something else."""
-    match = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) (?:hbm|HBM)", said)
-    if not match:
+    for pattern in _NO_ROOM:
+        match = re.search(pattern, said)
+        if match:
+            break
+    else:
         return None
     unit = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 1024.0}
     return {"needs": float(match[1]) * unit[match[2]], "has": float(match[3]) * unit[match[4]]}

@@ -10,15 +10,18 @@ from bytelm.communication import PURPOSES, bytes_per_step
 from bytelm.config import Config, FlatConfig
 from bytelm.devices import CHIPS, Chip
 from bytelm.models.build import structure
+from bytelm.models.flops import TRAIN_FACTOR, forward_flops
 from bytelm.plan import Plan, engineering, make_plan
 from bytelm.plan_compile import compile_for
 from bytelm.topology import Topology
+from bytelm.train.capacity import next_capacity
 
 GIB = 2.0**30
 # Shares of a chip's nominal matmul rate that matmuls of a training step reach: below, many small ones and nothing
 # overlapped; above, large ones and all communication behind them.
 SLOW, FAST = 0.4, 0.75
 TO_TRY = 3
+SPREAD = 1.25  # slots that the 99th-percentile row needs, over the mean row's
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class PodPlan:
 
     topology: Topology
     plan: Plan  # parameters and FLOPs
+    slots_later: tuple[int, ...]  # chunk slots per row once an H-Net's boundaries are as rare as planned; for the times
+    executed_later: float  # training FLOPs a byte with them
     compiled: dict[str, Any]  # see plan_compile.compile_for
     memory: dict[str, float]  # bytes on one chip by use; empty when it does not fit
     chip: Chip
@@ -53,9 +58,13 @@ def make_pod_plan(config: Config, topology: Topology, cache: Path, bytes_per_chu
     compiled = compile_for(config, topology, cache)
     chip = CHIPS[topology.generation.name]
     _, params = structure(config.model)
-    communication = bytes_per_step(config, params, plan.mesh, plan.slots, topology.slices)
+    row = config.data.seq_len
+    need = [SPREAD * row / n for n in plan.bytes_per_chunk]
+    slots = next_capacity(config.model, row, plan.slots, need) if plan.slots else ()
+    executed = TRAIN_FACTOR * forward_flops(config.model, row, [row / n for n in slots])
+    communication = bytes_per_step(config, params, plan.mesh, slots, topology.slices)
     memory = {} if "out_of_memory" in compiled else _memory(plan, compiled, chip)
-    seconds = _seconds(config, plan, communication, topology, chip)
+    seconds = _seconds(config, plan, executed, communication, topology, chip)
     step_bytes = plan.bytes_per_step
     ideal = plan.train_flops_per_byte * step_bytes / (topology.chips * chip.flops)
     compute = seconds["compute"]
@@ -63,7 +72,7 @@ def make_pod_plan(config: Config, topology: Topology, cache: Path, bytes_per_chu
     fast = max(compute / FAST, *(value for name, value in seconds.items() if name != "compute"))
     hours = [config.train.steps * each * topology.chips / 3600 for each in (fast, slow)]
     made = PodPlan(
-        topology, plan, compiled, memory, chip, communication, seconds, (ideal / slow, ideal / fast),
+        topology, plan, slots, executed, compiled, memory, chip, communication, seconds, (ideal / slow, ideal / fast),
         (step_bytes / slow, step_bytes / fast), (hours[0], hours[1]), 12 * plan.total_parameters,
     )  # fmt: skip
     if made.fits:
@@ -88,10 +97,9 @@ def _memory(plan: Plan, compiled: dict[str, Any], chip: Chip) -> dict[str, float
 
 
 def _seconds(
-    config: Config, plan: Plan, communication: dict[str, float], topology: Topology, chip: Chip
+    config: Config, plan: Plan, executed: float, communication: dict[str, float], topology: Topology, chip: Chip
 ) -> dict[str, float]:
     """Seconds of a step that each resource takes alone, at its nominal rate."""
-    executed = plan.executed_flops_per_byte if plan.slots else plan.train_flops_per_byte
     within = sum(size for purpose, size in communication.items() if purpose != "between slices")
     # Weights, moments and gradients are read and written once; what is kept is written forward and read backward.
     moved = 2 * (plan.memory["weights"] + plan.memory["optimizer"] + plan.memory["gradients"])
@@ -163,7 +171,7 @@ def describe_pod_plan(config: Config, made: PodPlan) -> str:
         return "\n".join([*lines, *(f"  - {advice}" for advice in made.advice)])
     lines += [f"memory on one of {made.chip.name}'s {made.chip.memory / GIB:.0f} GiB, as compiled:"]
     lines += [f"  {use:<36}{size / GIB:>9.3f} GiB" for use, size in made.memory.items()]
-    useful, executed = plan.train_flops_per_byte, plan.executed_flops_per_byte or plan.train_flops_per_byte
+    useful, executed = plan.train_flops_per_byte, made.executed_later
     lines += [
         "",
         f"useful FLOPs      {engineering(useful)} per byte, {engineering(useful * plan.bytes_per_step)} per step",
@@ -171,9 +179,11 @@ def describe_pod_plan(config: Config, made: PodPlan) -> str:
     ]
     if plan.slots:
         each = " and ".join(f"{n:.3g}" for n in plan.bytes_per_chunk)
-        lines.append(
-            f"  useful at {each} bytes per chunk; executed with {' and '.join(map(str, plan.slots))} slots a row"
-        )
+        start, later = (" and ".join(map(str, slots)) for slots in (plan.slots, made.slots_later))
+        lines += [
+            f"  useful at {each} bytes per chunk; executed with {later} slots a row, once trained so far;",
+            f"  {engineering(plan.executed_flops_per_byte)} per byte with {start}, as training starts and as compiled",
+        ]
     lines += ["", "bytes through one chip in a step, from the sharding table:"]
     lines += [
         f"  {purpose:<18}{engineering(size) + 'B':>10}   {PURPOSES[purpose]}"

@@ -27,7 +27,7 @@ ARROWS = {
     "lm": {"models", "interop", "generate", "checkpoint"},
     "topology": set(), "plan_compile": {"topology", "parallel", "train"},
     "communication": {"parallel", "train.step"},
-    "plan_pod": {"plan", "plan_compile", "topology", "communication", "devices", "models"},
+    "plan_pod": {"plan", "plan_compile", "topology", "communication", "devices", "models", "train.capacity"},
     "plan": {"models", "parallel", "devices", "train.state", "train.capacity"},
     "train": {"models", "nn", "data", "parallel", "checkpoint", "metrics", "devices", "interop", "generate",
               "evals.bpb", "evals.chunk_history"},

@@ -121,6 +121,8 @@ def test_what_an_error_says():
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 29.40G of 15.75G hbm. Exceeded hbm capacity"
     assert out_of_memory(said) == {"needs": 29.4, "has": 15.75}
     assert out_of_memory("Used 900.5M of 15.75G hbm")["needs"] == pytest.approx(0.8794, abs=1e-4)
+    other = "the total memory required for HLO temporaries (147.29G) exceeds available HBM (15.75G)."
+    assert out_of_memory(other) == {"needs": 147.29, "has": 15.75}
     assert out_of_memory("INTERNAL: something else") is None
 
 
