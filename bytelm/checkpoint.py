@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from bytelm.codec import from_dict, to_dict
 from bytelm.config import CheckpointConfig, Config, ConfigError
-from bytelm.parallel.hosts import barrier, gather, is_first
+from bytelm.parallel.hosts import barrier, gather, is_first, several
 
 
 class CheckpointError(ValueError):
@@ -47,6 +47,7 @@ class Checkpoints:
         is full or the folder cannot be written; earlier checkpoints stand."""
         rest = {k: v for k, v in state.items() if k != "params"}
         with _saving(self.folder):
+            self._one_at_a_time(self._best)
             _check_space(self.folder, state)
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=ocp.args.Composite(
@@ -61,9 +62,16 @@ class Checkpoints:
             if step in self._best.all_steps():
                 self._best.delete(step)
             with _saving(self.best_folder):
+                self._one_at_a_time(self._manager)
                 _check_space(self.best_folder, params)
                 self._best.save(step, args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)), force=True)  # fmt: skip
+
+    def _one_at_a_time(self, other: ocp.CheckpointManager | None) -> None:
+        """With several processes, waits for what is being saved elsewhere: threads of two saves at once would meet at
+        each other's barriers in another order in every process, and wait for ever."""
+        if other is not None and several():
+            other.wait_until_finished()
 
     def say_last(self) -> str:
         """What is there to go back to, for a message; waits for what is being saved."""

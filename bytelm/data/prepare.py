@@ -20,7 +20,7 @@ from typing import Any, Literal
 from bytelm.config import ConfigError, require
 from bytelm.data.jobs import JobDied, run_jobs
 from bytelm.data.parts import PartJob, errors_of, hash_of, part_job, part_path, read_unit, report_of, write_json
-from bytelm.data.prepared import FORMAT, MANIFEST, is_prepared
+from bytelm.data.prepared import FORMAT, MANIFEST, is_prepared, read_manifest
 from bytelm.data.readers import DataError
 from bytelm.data.shards import PARTS, ShardJob, Split, plan_splits, write_shard
 from bytelm.data.units import PrepareOptions, Source, cut_units, find_sources
@@ -103,7 +103,7 @@ def _own(out: Path) -> Iterator[None]:
 def _finished(out: Path, identity: str) -> dict[str, Any] | None:
     if not (out / MANIFEST).exists():
         return None
-    manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(out)
     if manifest.get("identity") != identity:
         raise ConfigError(f"{out}: holds a corpus prepared from other inputs or with other options; name a new folder")
     return manifest
