@@ -11,6 +11,7 @@ from bytelm.data.prepared import DOCUMENTS, RECORDS, SplitText, load_table, read
 from bytelm.data.readers import DataError
 
 MAX_OPEN = 64  # files that a corpus keeps open
+Stamp = tuple[int, int]  # size of a file, and when it was changed last
 
 
 class _File:
@@ -22,8 +23,15 @@ class _File:
     def pread(self, size: int, offset: int) -> bytes:
         return os.pread(self._descriptor, size, offset)
 
+    def stamp(self) -> Stamp:
+        return _stamp(os.fstat(self._descriptor))
+
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def _stamp(stat: os.stat_result) -> Stamp:
+    return stat.st_size, stat.st_mtime_ns
 
 
 @dataclasses.dataclass
@@ -39,9 +47,13 @@ class Corpus:
     start: NDArray[np.int64]
     stop: NDArray[np.int64]
     names: list[str]
-    _open: dict[int, _File | SplitText] = dataclasses.field(
-        default_factory=dict, repr=False
-    )  # by file, longest unused first
+    stamps: list[Stamp] = dataclasses.field(default_factory=list, repr=False)  # of the files when they were found
+    # Texts that are open, by file, longest unused first.
+    _open: dict[int, _File | SplitText] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        if len(self.stamps) != len(self.paths):
+            self.stamps = [_stamp(os.stat(path)) for path in self.paths]
 
     def __len__(self) -> int:
         return len(self.file)
@@ -75,7 +87,7 @@ class Corpus:
         return int(self.lengths.sum())
 
     def read(self, document: int, begin: int = 0, end: int | None = None) -> bytes:
-        """Bytes begin:end of a document. Raises DataError when the file no longer holds them."""
+        """Bytes begin:end of a document. Raises DataError when the file was changed since the corpus was opened."""
         file = int(self.file[document])
         size = int(self.stop[document] - self.start[document])
         end = size if end is None else min(end, size)
@@ -83,16 +95,19 @@ class Corpus:
             return b""
         offset = int(self.start[document])
         try:
-            data = self._text(file).pread(end - begin, offset + begin)
+            text = self._text(file)
+            data = text.pread(end - begin, offset + begin)
         except OSError as e:
             raise DataError(f"{self.paths[file]}: cannot be read any more: {e}") from None
         if len(data) != end - begin:
             raise DataError(f"{self.paths[file]}: is shorter than when the run began; was it changed?")
+        if isinstance(text, _File) and text.stamp() != self.stamps[file]:
+            raise DataError(f"{self.paths[file]}: was changed since the run began (its size or time of change)")
         return data
 
     def select(self, keep: NDArray[np.bool_] | NDArray[np.int64]) -> "Corpus":
         """The documents picked by a mask or by indices."""
-        return Corpus(self.paths, self.file[keep], self.start[keep], self.stop[keep], self.names)
+        return Corpus(self.paths, self.file[keep], self.start[keep], self.stop[keep], self.names, self.stamps)
 
     def place(self, document: int) -> tuple[str, int]:
         """What messages call the text that a document is of, and where in it the document begins."""
@@ -113,13 +128,15 @@ def concatenate(parts: list[Corpus]) -> Corpus:
         return parts[0]
     paths: list[str] = []
     names: list[str] = []
+    stamps: list[Stamp] = []
     files = []
     for part in parts:
         files.append(part.file + len(paths))
         paths += part.paths
         names += part.names
+        stamps += part.stamps
     join = lambda name: np.concatenate([getattr(p, name) for p in parts])  # noqa: E731
-    return Corpus(paths, np.concatenate(files).astype(np.int32), join("start"), join("stop"), names)
+    return Corpus(paths, np.concatenate(files).astype(np.int32), join("start"), join("stop"), names, stamps)
 
 
 def offsets_table(text: str) -> Path:

@@ -204,8 +204,8 @@ def split_validation(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
     """
     if len(corpus) < FEW:
         cut = corpus.stop - (corpus.lengths * fraction).astype(np.int64)
-        train = Corpus(corpus.paths, corpus.file, corpus.start, cut, corpus.names)
-        valid = Corpus(corpus.paths, corpus.file, cut, corpus.stop, corpus.names)
+        train = Corpus(corpus.paths, corpus.file, corpus.start, cut, corpus.names, corpus.stamps)
+        valid = Corpus(corpus.paths, corpus.file, cut, corpus.stop, corpus.names, corpus.stamps)
         return train.select(train.lengths > 0), valid.select(valid.lengths > 0)
     hashes = np.frombuffer(b"".join(content_hash(corpus.read(i)) for i in range(len(corpus))), np.uint8).reshape(-1, 16)
     held = held_out(hashes, fraction)

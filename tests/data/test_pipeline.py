@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bytelm.config import ConfigError, DataConfig
-from bytelm.data.pipeline import Batches, Pieces, cut, load_text, records
+from bytelm.data.pipeline import Batches, Pieces, cut, join_states, load_text, records
 from bytelm.data.sources import open_corpus
 from bytelm.vocab import FLAT_IDS
 
@@ -118,15 +118,24 @@ def test_resume_is_exact(corpus, packing, stop):
         assert equal(next(it), next(resumed))
 
 
-def test_processes_share_the_rows(corpus):
+@pytest.mark.parametrize("rows", [[(0, 1), (2, 3)], [(0, 2), (1, 3)], [(3, 1), (2,), (0,)]])
+def test_processes_share_the_rows(corpus, rows):
+    """However the rows lie: together they are the batch of one process, and their states join to its state."""
     config = dataclasses.replace(CONFIG, shards=0)
-    whole = batches(corpus, config)
-    parts = [batches(corpus, config, process=p, processes=2) for p in range(2)]
+    whole, parts = batches(corpus, config), [batches(corpus, config, rows=some) for some in rows]
     for _ in range(5):
-        a, b, c = next(whole), next(parts[0]), next(parts[1])
-        assert equal(a, {k: np.concatenate([b[k], c[k]]) for k in a})
-    with pytest.raises(ConfigError, match="each process must own whole rows"):
-        batches(corpus, CONFIG, process=0, processes=2)
+        batch = next(whole)
+        for some, part in zip(rows, parts):
+            assert equal(next(part), {k: v[list(some)] for k, v in batch.items()})
+    joined = join_states([part.state() for part in parts])
+    assert joined == whole.state()
+    resumed = batches(corpus, config, state=joined)
+    assert equal(next(resumed), next(whole))
+    with pytest.raises(ConfigError, match="each must own whole rows and streams, this one has rows"):
+        batches(corpus, CONFIG, rows=[0])  # stream 0 has row 2 as well
+    assert equal(next(batches(corpus, CONFIG, rows=[1, 3])), {k: v[[1, 3]] for k, v in next(batches(corpus)).items()})
+    with pytest.raises(ConfigError, match="does not divide the 1 streams of this process"):
+        batches(corpus, dataclasses.replace(config, workers=2), rows=[1])
 
 
 def test_another_number_of_streams_or_another_text_is_refused(corpus, tmp_path):

@@ -126,6 +126,9 @@ def test_a_file_that_shrinks_is_noticed(files):
     path.write_bytes(b"0123")
     with pytest.raises(DataError, match="shorter than when the run began"):
         corpus.read(0)
+    path.write_bytes(b"9876543210")  # as long as it was, and another text
+    with pytest.raises(DataError, match="was changed since the run began"):
+        corpus.read(0)
     os.unlink(path)
     with pytest.raises(DataError, match="cannot be read any more"):
         corpus.select(np.array([0])).read(0)
