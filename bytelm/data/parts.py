@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bytelm.data.jobs import JobDied, run_jobs
-from bytelm.data.readers import RecordError
+from bytelm.data.readers import DataError, RecordError
 from bytelm.data.units import PrepareOptions, Source, Unit, read_span, records_before
 
 RESERVED = (0xFE, 0xFF)  # bytes that H-Net keeps for its own symbols; valid UTF-8 has neither
@@ -84,9 +85,19 @@ def read_unit(job: PartJob, alone: bool = False, died: bool = False) -> None:
             else:
                 for index, text in read_span(source, span, job.options):
                     documents.add(i, index, text)
+                if _changed(source):
+                    raise DataError(f"{source.name}: was changed while it was read; run the command again")
         documents.finish()
     finally:
         documents.close()
+
+
+def _changed(source: Source) -> bool:
+    try:
+        stat = os.stat(source.path)
+    except OSError:
+        return True
+    return (stat.st_size, stat.st_mtime_ns) != (source.size, source.changed)
 
 
 class _DocumentWriter:
@@ -98,7 +109,6 @@ class _DocumentWriter:
         self._errors = open(part_path(job, ".errors"), "w", encoding="utf-8")  # noqa: SIM115
         self._lengths: list[int] = []
         self._hashes: list[bytes] = []
-        self._unreadable, self._empty = 0, 0
         self._by_source = [{"documents": 0, "bytes": 0, "empty": 0, "unreadable": 0} for _ in job.unit]
 
     def add(self, source: int, index: int, text: Iterable[bytes] | RecordError) -> None:

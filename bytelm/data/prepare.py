@@ -128,10 +128,12 @@ def _read_all(
             )
         show(Progress("reading", read, total, documents, unreadable))
 
-    left = [part for part in parts if not part_path(part, ".json").exists()]
+    left = []
     for part in parts:
-        if part not in left:
+        if part_path(part, ".json").exists():
             add(part)
+        else:
+            left.append(part)
     for part, outcome in run_jobs(read_unit, left, workers):
         if isinstance(outcome, JobDied):  # of several files one is to blame, the others are good
             read_unit(part, alone=len(part.unit) > 1, died=len(part.unit) == 1)

@@ -50,7 +50,7 @@ class ShardJob:
     def written(self) -> dict[str, Any] | None:
         """What is noted of the shard; None when it is not written yet, or from something else."""
         note = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        return note if note.get("plan") == self.plan else None
+        return note if note.get("plan") == self.plan and (Path(self.out) / self.file).exists() else None
 
 
 def plan_splits(out: Path, parts: list[PartJob], options: PrepareOptions) -> tuple[list[Split], int]:

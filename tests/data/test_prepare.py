@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bytelm.config import ConfigError, DataConfig
-from bytelm.data import units
+from bytelm.data import parts, units
 from bytelm.data.corpus import PreparedCorpus
 from bytelm.data.jobs import JobDied, run_jobs
 from bytelm.data.pipeline import Batches, Pieces, load_text
@@ -214,6 +214,23 @@ def test_what_cannot_be_read_is_counted_and_said(tmp_path, name, content, found)
         assert re.search(message, reason), reason
     good = [b"a"] * (name[0] == "a") + [b"b"] * (name[:2] in ("a.", "u.", "de", "lo"))
     assert prepared(tmp_path / "out") == [*([b"a", b"b", b"c"] if name == "cut.jsonl.gz" else good), b"good"]
+
+
+def test_an_input_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"before")
+    real = parts.read_span
+
+    def changing(source, span, options):
+        yield from real(source, span, options)
+        path.write_bytes(b"after!")
+
+    monkeypatch.setattr(parts, "read_span", changing)
+    with pytest.raises(DataError, match=r"a\.txt: was changed while it was read"):
+        prepare(tmp_path / "out", [str(path)], HERE)
+    monkeypatch.undo()
+    prepare(tmp_path / "out", [str(path)], HERE)
+    assert prepared(tmp_path / "out") == [b"after!"]
 
 
 def test_reserved_bytes_may_be_kept(tmp_path):
