@@ -73,11 +73,17 @@ class Checkpoints:
         if other is not None and several():
             other.wait_until_finished()
 
-    def say_last(self) -> str:
-        """What is there to go back to, for a message; waits for what is being saved."""
+    def leave_diverged(self, first_bad: int) -> str:
+        """Sets aside the checkpoint whose weights gave a loss that is not finite at step `first_bad`, if there is one
+        before it to go back to; says what is there, for a message."""
         self.wait()
-        steps = self.steps()
-        return f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint had been saved yet"
+        bad = [step for step in self.steps() if step >= first_bad - 1]
+        good = [step for step in self.steps() if step < first_bad - 1]
+        if bad and not good:
+            return f"the weights of the only checkpoint, step {bad[0]}, gave it: start again with other settings"
+        for step in bad:
+            self._set_aside(step, "its weights gave a loss that is not finite", "diverged")
+        return f"the checkpoint of step {good[-1]} is intact" if good else "no checkpoint had been saved yet"
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, oldest first."""
@@ -106,7 +112,7 @@ class Checkpoints:
                 broken.append((step, reasons[0]))
                 continue
             for bad, reason in broken:
-                self._set_aside(bad, reason)
+                self._set_aside(bad, f"cannot be read ({reason})")
             if self._best is not None:
                 for later in [s for s in self._best.all_steps() if s > step]:
                     self._best.delete(later)  # of a future that will now be another
@@ -119,11 +125,11 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, step: int, reason: str) -> None:
+    def _set_aside(self, step: int, reason: str, name: str = "broken") -> None:
         if is_first():
-            target = self.folder / f"broken-{step}"
-            print(f"[checkpoint] {self.folder / str(step)} cannot be read ({reason}); moved to {target.name}, "
-                  "going on from the one before it", file=sys.stderr, flush=True)  # fmt: skip
+            target = self.folder / f"{name}-{step}"
+            print(f"[checkpoint] {self.folder / str(step)}: {reason}; moved to {target.name}, the one before it counts",
+                  file=sys.stderr, flush=True)  # fmt: skip
             shutil.rmtree(target, ignore_errors=True)
             (self.folder / str(step)).rename(target)
         barrier(f"checkpoint {step} set aside")

@@ -86,6 +86,8 @@ def _source() -> str:
     for folder in ("nn", "models", "parallel", "train"):
         for path in sorted((root / folder).glob("*.py")):
             digest.update(path.read_bytes())
+    for path in (Path(__file__), root / "model_config.py", root / "vocab.py"):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -152,11 +154,11 @@ def count_collectives(text: str) -> dict[str, dict[str, float]]:
     """
     found: dict[str, dict[str, float]] = {}
     kinds = "|".join(COLLECTIVES)
-    for shape, kind in re.findall(rf"= (\(?[^=]*?) ({kinds})(?:-start)?\(", text):
+    for shape, kind, start in re.findall(rf"= (\(?[^=]*?) ({kinds})(-start)?\(", text):
         sizes = [_BYTES.get(t, 4) * _product(dims) for t, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)]
         entry = found.setdefault(kind, {"count": 0, "bytes": 0})
         entry["count"] += 1
-        entry["bytes"] += max(sizes, default=0)
+        entry["bytes"] += sum(sizes[len(sizes) // 2 :] if start and len(sizes) > 1 else sizes)  # operands, results
     return found
 
 

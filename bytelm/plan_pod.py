@@ -140,19 +140,21 @@ def _advice(config: Config, made: PodPlan, cache: Path) -> list[str]:
 
 
 def _largest_batch(config: Config, made: PodPlan, cache: Path) -> str:
-    """Rows that fit by proportion, made fewer until a compilation agrees."""
+    """The rows that fit, by bisection with compilations; the first guess is by proportion."""
     needs, has = (made.compiled["out_of_memory"][key] for key in ("needs", "has"))
     ways = made.plan.mesh["data"] * made.plan.mesh["fsdp"] * config.train.grad_accum
     fixed = sum(made.plan.memory[use] for use in ("weights", "optimizer", "gradients")) / GIB
-    now = config.data.batch_size // ways
-    rows = min(math.floor(now * max(has - fixed, 0.0) / max(needs - fixed, 1e-9)), now - 1)
-    while rows > 0:
-        smaller = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows * ways, shards=0))
-        compiled = compile_for(smaller, made.topology, cache)
-        if "out_of_memory" not in compiled:
-            return f"--data.batch-size {rows * ways}: the largest batch that fits (compiled: it does)"
-        rows -= max(rows // 8, 1)
-    return f"no batch fits: one row on a chip ({ways} rows in all) is too much"
+    fitting, failing = 0, config.data.batch_size // ways  # rows on a chip at a time
+    guess = math.floor(failing * max(has - fixed, 0.0) / max(needs - fixed, 1e-9))
+    while failing - fitting > max(1, failing // 16):
+        rows = min(max(guess, fitting + 1), failing - 1)
+        data = dataclasses.replace(config.data, batch_size=rows * ways, shards=0, workers=0)
+        compiled = compile_for(dataclasses.replace(config, data=data), made.topology, cache)
+        fitting, failing = (fitting, rows) if "out_of_memory" in compiled else (rows, failing)
+        guess = (fitting + failing) // 2
+    if not fitting:
+        return f"no batch fits: one row on a chip ({ways} rows in all) is too much"
+    return f"--data.batch-size {fitting * ways}: fits, {failing * ways} does not (compiled)"
 
 
 def describe_pod_plan(config: Config, made: PodPlan) -> str:

@@ -95,4 +95,4 @@ def test_a_billion_on_a_pod_and_where_it_does_not_fit(root, plan):
     status, out, err = plan(config, "--topology", "v5litepod-16")
     assert status == 0, err
     assert "DOES NOT FIT: needs 147." in out and "has 15.75 GiB on a chip" in out
-    assert "--train.grad-accum 2" in out and "--data.batch-size 16: the largest batch that fits" in out
+    assert "--train.grad-accum 2" in out and "--data.batch-size 16: fits, 32 does not" in out

@@ -113,8 +113,32 @@ def test_what_a_compiled_text_holds():
   %d = bf16[16]{0} all-gather-done(%c)
   %e = f32[3,5]{1,0} add(%a, %b)
 """
-    found = count_collectives(text)
-    assert found == {"all-gather": {"count": 2, "bytes": 2048 + 32}, "all-reduce": {"count": 1, "bytes": 64}}
+    found = count_collectives(text)  # an all-reduce of two arrays counts both, a start counts its results
+    assert found == {"all-gather": {"count": 2, "bytes": 2048 + 32}, "all-reduce": {"count": 1, "bytes": 64 + 64}}
+
+
+@pytest.mark.parametrize("fits", [0, 1, 5, 17, 31, 32, 63])
+def test_the_largest_batch_is_found(fits, root, monkeypatch, tmp_path):
+    """Against a compiler in which so many rows of 64 fit: exact up to a sixteenth."""
+    from bytelm import plan_pod
+
+    tried = []
+
+    def compile_for(config, topology, cache):
+        rows = config.data.batch_size // 64
+        tried.append(rows)
+        return {} if rows <= fits else {"out_of_memory": {"needs": 10.0 + 2 * rows, "has": 95.0}}
+
+    monkeypatch.setattr(plan_pod, "compile_for", compile_for)
+    config = codec.load(root / "configs" / "byte_transformer_1B.yaml")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=64 * 64, workers=32))
+    made = plan_pod.make_pod_plan(config, parse_topology("v5p:4x4x4"), tmp_path)
+    said = made.advice[-1]
+    if fits == 0:
+        assert "no batch fits" in said
+    else:
+        found = int(said.split()[1].rstrip(":")) // 64
+        assert found <= fits <= found + max(1, found // 16) and len(tried) < 10
 
 
 def test_what_an_error_says():

@@ -118,6 +118,11 @@ class Corpus:
         table = path.removesuffix(RECORDS) + DOCUMENTS if path.endswith(RECORDS) else offsets_table(path)
         return f"{name}{np.searchsorted(np.load(table, mmap_mode='r'), start, side='right') - 1}", 0
 
+    def identities(self) -> list[str]:
+        """Hashes of the prepared splits among the texts (other files are known by their size and number)."""
+        found = [Path(path) for path in self.paths if path.endswith(RECORDS)]
+        return [read_manifest(p.parent)["splits"][p.name.removesuffix(RECORDS)]["sha256"] for p in found]
+
     def describe(self) -> str:
         return f"{len(self):,} document{'s' * (len(self) != 1)}, {self.total_bytes:,} bytes"
 

@@ -1,6 +1,5 @@
 """Jobs on worker processes, of which one may die without taking the others' work with it."""
 
-import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -28,31 +27,40 @@ def run_jobs(function: Callable[[Job], Any], jobs: list[Job], workers: int) -> I
             yield job, function(job)
         return
     left = dict(enumerate(jobs))
-    with contextlib.suppress(BrokenProcessPool):
-        for number, outcome in _pool(function, left, workers):
-            del left[number]
-            yield jobs[number], outcome
-    for number, job in left.items():  # after a death, each of the rest alone: the one that dies again is to blame
+    while left:
+        running: dict[Future, int] = {}
         try:
-            ((_, outcome),) = _pool(function, {number: job}, 1)
-        except BrokenProcessPool:
-            outcome = JobDied()
-        yield job, outcome
+            for number, outcome in _pool(function, left, workers, running):
+                del left[number]
+                yield jobs[number], outcome
+        except BrokenProcessPool:  # of those that ran, the one that dies again when it is alone is to blame
+            suspects = sorted(set(running.values()) & set(left))
+            if not suspects:
+                raise
+            for number in suspects:
+                job = left.pop(number)
+                try:
+                    ((_, outcome),) = _pool(function, {number: job}, 1, {})
+                except BrokenProcessPool:
+                    outcome = JobDied()
+                yield job, outcome
 
 
-def _pool(function: Callable[[Job], Any], jobs: dict[int, Job], workers: int) -> Iterator[tuple[int, Any]]:
-    if not jobs:
-        return
+def _pool(
+    function: Callable[[Job], Any], jobs: dict[int, Job], workers: int, running: dict[Future, int]
+) -> Iterator[tuple[int, Any]]:
+    """`running` holds the jobs that were given out and not yielded yet."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_worker)
-    waiting, running = list(jobs.items()), dict[Future, int]()
+    waiting = list(jobs.items())
     try:
         while waiting or running:
             while waiting and len(running) < 2 * workers:
                 number, job = waiting.pop(0)
                 running[pool.submit(function, job)] = number
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+                outcome = future.result()
+                yield running.pop(future), outcome
     finally:
         for process in list((pool._processes or {}).values()):  # they may be in the middle of a long job
             process.terminate()

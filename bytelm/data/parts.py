@@ -81,13 +81,14 @@ def read_unit(job: PartJob, alone: bool = False, died: bool = False) -> None:
                     read_unit(one, died=True)
                 documents.take(i, one)
             elif died:
-                documents.refuse(i, 0, "the process that read it died (a damaged file, or not enough memory)")
+                lost = f"{job.unit[i].size:,} bytes of the file are left out"
+                documents.refuse(i, 0, f"the process that read it died (a damaged file, or not enough memory); {lost}")
             else:
                 for index, text in read_span(source, span, job.options):
                     documents.add(i, index, text)
                 if _changed(source):
                     raise DataError(f"{source.name}: was changed while it was read; run the command again")
-        documents.finish()
+        documents.finish(died)
     finally:
         documents.close()
 
@@ -107,6 +108,7 @@ class _DocumentWriter:
         self.job = job
         self._docs = open(part_path(job, ".docs"), "wb")  # noqa: SIM115
         self._errors = open(part_path(job, ".errors"), "w", encoding="utf-8")  # noqa: SIM115
+        self._died = False
         self._lengths: list[int] = []
         self._hashes: list[bytes] = []
         self._by_source = [{"documents": 0, "bytes": 0, "empty": 0, "unreadable": 0} for _ in job.unit]
@@ -160,11 +162,14 @@ class _DocumentWriter:
                 self._errors.write(json.dumps([source, index, reason]) + "\n")
         self._lengths += np.load(part_path(other, ".lengths.npy")).tolist()
         self._hashes += [row.tobytes() for row in np.load(part_path(other, ".hashes.npy"))]
-        self._by_source[source] = report_of(other)["sources"][0]
+        report = report_of(other)
+        self._by_source[source] = report["sources"][0]
+        self._died |= report["died"]
         for path in Path(other.folder).glob(f"{other.key}.*"):
             path.unlink()
 
-    def finish(self) -> None:
+    def finish(self, died: bool) -> None:
+        """`died`: the part is good for this run only; the next one reads the unit again."""
         self.close()
         np.save(part_path(self.job, ".lengths.npy"), np.array(self._lengths, np.int64))
         hashes = np.frombuffer(b"".join(self._hashes), np.uint8).reshape(-1, 16)
@@ -172,7 +177,12 @@ class _DocumentWriter:
         together = {key: sum(counts[key] for counts in self._by_source) for key in ("documents", "unreadable")}
         write_json(
             part_path(self.job, ".json"),
-            {"read": sum(span.size for span in self.job.unit), **together, "sources": self._by_source},
+            {
+                "read": sum(span.size for span in self.job.unit),
+                **together,
+                "sources": self._by_source,
+                "died": died or self._died,
+            },
         )
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -23,7 +24,7 @@ from bytelm.config import ConfigError, DataConfig
 from bytelm.data.corpus import Corpus, PreparedCorpus, concatenate
 from bytelm.data.functional import count_pieces, document_piece, locate_piece
 from bytelm.data.jobs import exit_with
-from bytelm.data.prepared import mapped_table
+from bytelm.data.prepared import is_prepared, mapped_table
 from bytelm.data.readers import DataError
 from bytelm.data.sources import cache_folder, open_corpus, split_validation
 from bytelm.vocab import ByteIds, ReservedByteError
@@ -92,18 +93,21 @@ def load_text(config: DataConfig) -> tuple[list[Corpus], Corpus]:
     """Training sources (one, or one per weight) and the held-out corpus. Raises ConfigError or DataError."""
     options = {"text_field": config.text_field, "cache_dir": config.cache_dir}
     groups = [(entry,) for entry in config.train] if config.weights else [config.train]
-    sources = [open_corpus(group, **options) for group in groups]
     if config.valid:
+        sources = [open_corpus(group, **options) for group in groups]
         return sources, open_corpus(config.valid, **options, where="data.valid")
-    prepared = [source for source in sources if isinstance(source, PreparedCorpus)]
-    if len(prepared) == len(sources):  # each brings its own
-        return sources, concatenate([PreparedCorpus(source.folder, "valid") for source in prepared])
-    if len(sources) > 1:
+    prepared = [entry for entry in config.train if is_prepared(Path(entry).expanduser())]  # each brings its own
+    plain = tuple(entry for entry in config.train if entry not in prepared)
+    if config.weights and plain and len(config.train) > 1:
         raise ConfigError("data.weights mixes several sources: name the held-out text in data.valid")
-    train, valid = split_validation(sources[0], config.valid_fraction)
-    if len(train) == 0:
-        raise ConfigError(f"data.valid_fraction={config.valid_fraction} leaves no training text")
-    return [train], valid
+    train: list[Corpus] = [PreparedCorpus(Path(entry).expanduser(), "train") for entry in prepared]
+    valid: list[Corpus] = [PreparedCorpus(Path(entry).expanduser(), "valid") for entry in prepared]
+    if plain:
+        kept, held = split_validation(open_corpus(plain, **options), config.valid_fraction)
+        if len(kept) == 0:
+            raise ConfigError(f"data.valid_fraction={config.valid_fraction} leaves no training text")
+        train, valid = [*train, kept], [*valid, held]
+    return (train if config.weights else [concatenate(train)]), concatenate(valid)
 
 
 def _piece(config: DataConfig) -> int:
@@ -237,11 +241,11 @@ class Batches:
             raise ConfigError(f"data.workers={config.workers} does not divide the {len(mine)} streams of this process")
         if state is not None and len(state["streams"]) != shards:
             raise ConfigError(f"data.shards={shards}, but the saved data position has {len(state['streams'])} streams")
-        self._text = [[len(corpus), corpus.total_bytes] for corpus in sources]
+        self._text = [[len(corpus), corpus.total_bytes, *corpus.identities()] for corpus in sources]
         if state is not None and state["text"] != self._text:
             raise ConfigError(
-                f"the training text has changed since the checkpoint: (documents, bytes) was {state['text']}, "
-                f"is {self._text}; its data position does not fit"
+                f"the training text has changed since the checkpoint: documents, bytes, hashes were {state['text']}, "
+                f"are {self._text}; its data position does not fit"
             )
         self._packing = [config.packing, config.seq_len, _piece(config), config.packing_bins, config.shuffle, seed]
         if state is not None and state["packing"] != self._packing:

@@ -4,13 +4,15 @@ Three passes, each of jobs that are done or not done, so that a killed run goes 
 (data/parts.py); all documents, in order and without duplicates, are cut into splits, records and shards; every shard is
 written (data/shards.py). What comes out depends on the input and the options alone, not on workers or interruptions.
 
-Memory: about 60 bytes for each document. Disk: the text twice, until the parts are removed at the end.
+Memory: about 150 bytes for each document and 50 for each further record of a long one. Disk: the text twice, until the
+parts are removed at the end.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -51,7 +53,10 @@ def prepare(out: Path, inputs: Iterable[str], options: PrepareOptions,
     sources = find_sources(entries, licenses)
     require(bool(sources), "name at least one input: a file or a glob")
     settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("workers", "on_error", "license")}
-    with _own(out):
+    with _own(out), _said(out):
+        inside = str(out.resolve()) + os.sep  # what an earlier run made there is no input
+        sources = [source for source in sources if not source.path.startswith(inside)]
+        require(bool(sources), f"every input lies in the output folder {out}")
         identity = hash_of(FORMAT, settings, [dataclasses.astuple(source) for source in sources])
         finished = _finished(out, identity)
         if finished is not None:
@@ -100,6 +105,15 @@ def _own(out: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _said(out: Path) -> Iterator[None]:
+    """What is wrong with a disk as one message."""
+    try:
+        yield
+    except OSError as e:
+        raise DataError(f"{out}: {e}. Once that is mended, the same command goes on from here") from None
+
+
 def _finished(out: Path, identity: str) -> dict[str, Any] | None:
     if not (out / MANIFEST).exists():
         return None
@@ -130,7 +144,7 @@ def _read_all(
 
     left = []
     for part in parts:
-        if part_path(part, ".json").exists():
+        if part_path(part, ".json").exists() and not report_of(part)["died"]:
             add(part)
         else:
             left.append(part)

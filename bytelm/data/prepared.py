@@ -45,12 +45,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']!r}, this version reads {FORMAT!r}")
-        for split in SPLITS:
-            for shard in manifest["splits"][split]["shards"]:
-                shard["file"], shard["records"], shard["size"]
+        for split in (manifest["splits"][name] for name in SPLITS):
+            _check_types(split, {"documents": int, "bytes": int, "sha256": str, "shards": list})
+            for shard in split["shards"]:
+                _check_types(shard, {"file": str, "records": int, "size": int})
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(f"{path}: not the manifest of a prepared corpus: {e!r}") from None
     return manifest
+
+
+def _check_types(record: dict[str, Any], types: dict[str, type]) -> None:
+    for name, kind in types.items():
+        if type(record[name]) is not kind:
+            raise ValueError(f"{name} is {record[name]!r}")
 
 
 def load_table(path: Path, length: int) -> NDArray[np.int64]:

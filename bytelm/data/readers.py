@@ -16,6 +16,37 @@ COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 DAMAGED = (gzip.BadGzipFile, EOFError, lzma.LZMAError, zstandard.ZstdError, zlib.error, OSError)
 
 
+class _Zstd(io.RawIOBase):
+    """A .zst file, all its frames. Unlike zstandard's own reader it raises EOFError for one that is cut off."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "rb")  # noqa: SIM115 (closed below)
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._input, self._output = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._output:
+            data = self._input or self._file.read(1 << 16)
+            if not data and self._frame is not None:
+                raise EOFError("ends in the middle of a frame")
+            if not data:
+                return 0
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._output, self._input = self._frame.decompress(data), b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._output))
+        buffer[:size], self._output = self._output[:size], self._output[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 class DataError(ValueError):
     """Text that cannot be read; the message names file and place, and is shown without a traceback."""
 
@@ -34,7 +65,7 @@ def open_stream(path: Path) -> io.BufferedIOBase:
     if suffix == ".bz2":
         return bz2.open(path, "rb")
     if suffix == ".zst":
-        return io.BufferedReader(zstandard.open(path, "rb"))
+        return io.BufferedReader(_Zstd(path))
     return open(path, "rb")
 
 

@@ -1,5 +1,6 @@
 """Shards: all documents in order, cut into splits, records and ArrayRecord files."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -140,8 +141,13 @@ def write_shard(job: ShardJob) -> None:
             if len(data) != end - begin:
                 raise DataError(f"{file.name}: is shorter than it was; remove {out} and begin again")
             writer.write(data)
-    finally:
         writer.close()
+    except RuntimeError as e:  # riegeli's
+        raise OSError(f"{temporary} cannot be written: {e}") from None
+    finally:
+        if writer.is_open():
+            with contextlib.suppress(RuntimeError):
+                writer.close()
         if file is not None:
             file.close()
     digest = hashlib.sha256()

@@ -82,7 +82,10 @@ def open_corpus(
 def _open_entry(entry: str, text_field: str, cache_dir: str, where: str) -> Corpus:
     folder = Path(entry).expanduser()
     if is_prepared(folder):
-        return PreparedCorpus(folder, "train" if where == "data.train" else "valid")
+        corpus = PreparedCorpus(folder, "train" if where == "data.train" else "valid")
+        if len(corpus) == 0:
+            raise ConfigError(f"{where}: the {corpus.split} split of {folder} is empty")
+        return corpus
     files, part = _expand(entry, where)
     corpora = [_open_file(f, part, text_field, cache_dir, where) for f in files]
     joined = concatenate(corpora)

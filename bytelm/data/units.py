@@ -89,6 +89,10 @@ def find_sources(entries: Iterable[str], licenses: list[str]) -> list[Source]:
                 path = str(resources.files("bytelm") / "data" / "corpus" / BUNDLED[name.removeprefix("bundled:")])
             kind = _kind(Path(path))
             stat = os.stat(path)
+            try:
+                open(path, "rb").close()
+            except OSError as e:
+                raise ConfigError(f"{name}: cannot be read: {e.strerror}") from None
             sources.append(Source(name, os.path.abspath(path), kind, stat.st_size, stat.st_mtime_ns, license))
     if any(source.kind == "parquet" for source in sources):
         try:
@@ -110,6 +114,9 @@ def _expand(entry: str) -> list[str]:
     pattern = os.path.expanduser(entry)
     found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     files = [name for name in found if os.path.isfile(name)]
+    other = next((name for name in found if not os.path.isfile(name) and not os.path.isdir(name)), None)
+    if other is not None:
+        raise ConfigError(f"input {entry!r}: {other} is no file (a broken link?)")
     if not files:
         hint = " (it is a folder: write FOLDER/*.txt or FOLDER/**/*.jsonl.gz)" if os.path.isdir(pattern) else ""
         raise ConfigError(f"input {entry!r} matches no file{hint}")
@@ -204,12 +211,19 @@ def _damaged(error: Exception) -> RecordError:
     return RecordError(f"damaged, or not what its name says, from here on: {str(error) or type(error).__name__}")
 
 
+def _raise_of_disk(error: Exception) -> None:
+    """Raises what is wrong with the disk, not with the content: a later try may read the file."""
+    if isinstance(error, OSError) and error.errno:
+        raise error
+
+
 def _chunks(path: Path) -> Iterator[bytes]:
     try:
         with open_stream(path) as stream:
             while data := stream.read(CHUNK):
                 yield data
     except DAMAGED as e:
+        _raise_of_disk(e)
         raise _damaged(e) from None
 
 
@@ -237,6 +251,7 @@ def _jsonl(source: Source, span: Span, options: PrepareOptions) -> Iterator[tupl
                     else:
                         yield index, (text,)
     except DAMAGED as e:
+        _raise_of_disk(e)
         yield index + 1, _damaged(e)
 
 
@@ -265,6 +280,7 @@ def _parquet(
         yield 0, e
         return
     except Exception as e:  # pyarrow raises many kinds for a damaged file
+        _raise_of_disk(e)
         yield 0, _damaged(e)
         return
     for group in groups:
@@ -275,6 +291,7 @@ def _parquet(
                     yield first + row, value if isinstance(value, RecordError) else (value,)
                     row += 1
         except Exception as e:
+            _raise_of_disk(e)
             yield first + row, RecordError(f"row group {group} from its row {row} on: {_damaged(e)}")
         first += file.metadata.row_group(group).num_rows
 
@@ -286,8 +303,9 @@ def _binary(column: Any) -> Iterator[bytes | RecordError]:
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type
-    is_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-    if not is_text and not pyarrow.types.is_binary(kind) and not pyarrow.types.is_large_binary(kind):
+    types = pyarrow.types
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    if not (is_text or types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)):
         yield from (RecordError(f"the column holds {kind}, not text") for _ in range(len(column)))
         return
     for value in column.cast(pyarrow.large_binary()).to_pylist():
@@ -320,14 +338,24 @@ def _array_record(
     except Exception as e:  # riegeli's errors come as RuntimeError, ValueError and others
         yield 0, _damaged(e)
         return
-    for number in range(span.begin, end):
+    number, in_order = span.begin, True  # in order is fast; after damage every record is asked for by its number
+    while number < end:
         try:
-            (record,) = reader.read([number])
+            if in_order:
+                if number == span.begin:
+                    reader.seek(number)
+                record = reader.read()
+            else:
+                (record,) = reader.read([number])
             text = jsonl_text(record, options.text_field) if options.records == "json" else record
             yield number - span.begin, (text,)
         except RecordError as e:
             yield number - span.begin, e
         except Exception as e:
+            if in_order:
+                in_order, reader = False, _open_records(source)
+                continue
             yield number - span.begin, RecordError(f"cannot be read: {e}")
+        number += 1
     with contextlib.suppress(RuntimeError):  # of a record that could not be read: it was reported
         reader.close()

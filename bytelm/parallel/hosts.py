@@ -5,7 +5,9 @@ With one process everything here is a no-op or the identity.
 
 import json
 import os
+import socket
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -34,6 +36,8 @@ def start(config: HostsConfig) -> None:
     processes = config.processes or _number("JAX_NUM_PROCESSES", 0)
     process = config.process if config.process >= 0 else _number("JAX_PROCESS_ID", -1)
     options: dict[str, Any] = {}
+    if config.process >= 0 and not coordinator:
+        raise ConfigError(f"hosts.process={config.process}: name the coordinator and the number of processes as well")
     if coordinator or processes > 1:
         if not coordinator or processes < 1 or not 0 <= process < processes:
             raise ConfigError(
@@ -46,6 +50,11 @@ def start(config: HostsConfig) -> None:
         options = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
     elif not (config.cluster == "on" or (config.cluster == "auto" and _in_cluster())):
         return
+    if options:
+        print(f"[hosts] process {process} of {processes}: waiting for the others at {coordinator}, for "
+              f"{config.start_seconds} s at most", file=sys.stderr, flush=True)  # fmt: skip
+        if process:  # jax would end the process with a C++ stack when nobody answers
+            _wait_for(coordinator, config.start_seconds)
     try:
         jax.distributed.initialize(
             **options,
@@ -58,6 +67,25 @@ def start(config: HostsConfig) -> None:
             f"hosts: process {process if options else ''} of {processes if options else 'the cluster'} could not "
             f"join the others: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
         ) from None
+
+
+def _wait_for(coordinator: str, seconds: int) -> None:
+    """Returns once somebody listens at host:port. Raises ConfigError when nobody does in time."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"hosts.coordinator={coordinator!r}: must be host:port")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as e:
+            if time.monotonic() > end:
+                raise ConfigError(
+                    f"hosts.coordinator={coordinator}: process 0 did not answer in {seconds} s ({e}); is it started, "
+                    "and can this host reach it?"
+                ) from None
+            time.sleep(0.2)
 
 
 def _in_cluster() -> bool:

@@ -20,13 +20,14 @@ class Health:
     """Counts skipped batches: reports each with the text it was made of, and ends the run after `limit` in a row."""
 
     def __init__(self, limit: int, where: Callable[[Batch], list[str]], report: Callable[[dict], None],
-                 last_good: Callable[[], str], seen: int = 0):  # fmt: skip
+                 last_good: Callable[[int], str], seen: int = 0):  # fmt: skip
         """`where` names the text of a batch, `report` takes the record of a skipped one, `last_good` says what is
-        kept, `seen` is what was read before."""
+        kept given the first step of the bad streak, `seen` is what was read before."""
         self.limit, self.where, self.report, self.last_good = limit, where, report, last_good
         self.seen = seen  # bytes of text up to the last step looked at
         self.in_row = 0  # skipped batches up to the last step looked at
         self.wishes = (False, False)  # of all processes, at the last step looked at
+        self.looked_at = 0  # that step
         self._waiting: list[tuple[int, Any, Batch]] = []
 
     def after(self, step: int, metrics: Any, batch: Batch) -> None:
@@ -46,6 +47,7 @@ class Health:
             step, metrics, batch = self._waiting.pop(0)
             few = {name: metrics[name] for name in ("skipped_in_row", "read", "wishes") if name in metrics}
             got = jax.device_get(few)
+            self.looked_at = step
             if "wishes" in got:
                 self.wishes = (bool(got["wishes"][0]), bool(got["wishes"][1]))
             self.seen += int(got["read"])
@@ -60,11 +62,11 @@ class Health:
         self.report({"step": step, "event": "skipped", "loss": str(loss), "grad_norm": str(norm),
                      "in_row": self.in_row, "text": text})  # fmt: skip
         if self.in_row >= self.limit:
+            kept = self.last_good(step - self.in_row + 1)
             raise Diverged(
-                f"step {step}: loss {loss}, gradient norm {norm}, {self.in_row} batches in a row "
-                f"(train.max_skipped): training has diverged; {self.last_good()}. The last batch was made of {shown}. "
-                "Lower optim.lr, lengthen optim.warmup_steps or lower optim.clip_norm; if one text is to blame, take "
-                "it out."
+                f"step {step}: loss {loss}, gradient norm {norm}, {self.in_row} batches in a row (train.max_skipped): "
+                f"training has diverged; {kept}. The last batch was made of {shown}. Lower optim.lr, lengthen "
+                "optim.warmup_steps or lower optim.clip_norm; if one text is to blame, take it out."
             )
 
 

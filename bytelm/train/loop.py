@@ -100,8 +100,8 @@ def train(config: Config) -> Result:
         if first:
             _write_config(config, run_dir)
         _print_start(config, progress, mesh, sources, heldout_text, count_parameters(setup.abstract["params"]), step)
-        health = Health(config.train.max_skipped, batches.where, partial(_skipped, log, progress), checkpoints.say_last,
-                        seen=meta.get("bytes", 0))  # fmt: skip
+        health = Health(config.train.max_skipped, batches.where, partial(_skipped, log, progress),
+                        checkpoints.leave_diverged, seen=meta.get("bytes", 0))  # fmt: skip
         speed = Speed(config, mesh.size, step, health.seen)
         commit = git_commit()
         log.write({"step": step, "event": "start", "seed": config.train.seed, "commit": commit,
@@ -139,7 +139,7 @@ def train(config: Config) -> Result:
             checkpoints.save(step, state, join_states(hosts.gather(batches.state())), meta, wait)
 
         state, capacity = _resumed_capacity(config, state)
-        first_step, last_save, metrics, due = step, time.monotonic(), None, False
+        first_step, last_save, saved_at, metrics, due = step, time.monotonic(), step, None, False
         while step < config.train.steps:
             profile(step, metrics)
             try:
@@ -161,7 +161,10 @@ def train(config: Config) -> Result:
             if capacity and time_to_choose(config.model, step):
                 state, capacity = _choose_capacity(config, state, capacity, progress)
             last = step == config.train.steps
-            stopping, late = health.wishes if several else (stop.requested, late)  # once: a signal may come at any line
+            stopping = stop.requested  # looked at once per step: a signal may come at any line
+            if several:
+                stopping, late = health.wishes
+                late = late and health.looked_at > saved_at  # not one that the last save has fulfilled
             due = due or late or step % config.checkpoint.every == 0
             if step % config.train.log_every == 0 or stopping or last or due or step == first_step + 1:
                 health.settle(last)
@@ -174,10 +177,10 @@ def train(config: Config) -> Result:
                 health.settle()
                 with speed.paused():
                     evaluate(config.eval.max_bytes)
-            if stopping or last or (due and not health.in_row):  # weights that give no finite loss are not kept
+            if stopping or last or (due and not health.in_row):  # not in a streak of batches that are not finite
                 with speed.paused():
                     save(wait=stopping)
-                last_save, due = time.monotonic(), False
+                last_save, saved_at, due = time.monotonic(), step, False
             if stopping and not last:
                 progress.note(f"stopped by {stop.name or 'another process'} at step {step}, saved; go on with:  "
                               f"bytelm train {run_dir}")  # fmt: skip

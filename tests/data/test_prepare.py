@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +195,8 @@ def test_how_the_work_is_cut_and_shared_changes_nothing(many, tmp_path, monkeypa
         ("cut.jsonl.gz", gzip.compress(jsonl("a", "b", "c"))[:-9], [(3, "damaged")]),
         ("no.jsonl.gz", b"plain", [(0, "damaged, or not what its name says")]),
         ("no.txt.zst", b"plain", [(0, "damaged")]),
+        ("cut.txt.zst", zstandard.compress(bytes(range(250)) * 9)[:-4], [(0, "damaged.*in the middle of")]),
+        ("cut.jsonl.zst", zstandard.compress(jsonl("a", "b", "c") * 1)[:-3], [(0, "damaged")]),
         ("cut.txt.xz", lzma.compress(b"x" * 1000)[:-20], [(0, "damaged")]),
         ("no.txt.bz2", b"plain", [(0, "damaged")]),
         ("h.txt", b"good until \xfe here", [(0, "byte 0xFE at offset 11")]),
@@ -231,6 +234,117 @@ def test_an_input_that_changes_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.undo()
     prepare(tmp_path / "out", [str(path)], HERE)
     assert prepared(tmp_path / "out") == [b"after!"]
+
+
+def test_all_frames_of_a_zst(tmp_path):
+    """Frames one after the other, empty ones among them, and one larger than what is read at once."""
+    big = np.random.default_rng(0).integers(0, 200, 300_000, dtype=np.uint8).tobytes()
+    frames = [b"one ", b"", big, b"end"]
+    (tmp_path / "t.txt.zst").write_bytes(b"".join(map(zstandard.compress, frames)))
+    prepare(tmp_path / "out", [f"{tmp_path}/t.txt.zst"], HERE)
+    assert prepared(tmp_path / "out") == [b"".join(frames)]
+    (tmp_path / "empty.txt.zst").write_bytes(b"")
+    assert prepare(tmp_path / "out2", [f"{tmp_path}/*.zst"], HERE)["empty"] == 1
+
+
+def test_what_is_wrong_with_the_disk_is_no_property_of_the_text(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"text")
+
+    def failing(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(units, "open_stream", failing)
+    with pytest.raises(DataError, match="Input/output error.*the same command goes on"):
+        prepare(tmp_path / "out", [f"{tmp_path}/a.txt"], SKIP)
+    monkeypatch.undo()
+    assert prepare(tmp_path / "out", [f"{tmp_path}/a.txt"], SKIP)["unreadable"] == 0
+    assert prepared(tmp_path / "out") == [b"text"]
+
+
+def test_full_disk_while_a_shard_is_written(many, tmp_path):
+    out = tmp_path / "out"
+    (out / ".parts").mkdir(parents=True)
+    os.symlink("/dev/full", out / ".parts" / "train-00000-of-00001.array_record.tmp")
+    with pytest.raises(DataError, match=r"cannot be written: .*No space left.*the same command goes on"):
+        prepare(out, many, HERE)
+    (out / ".parts" / "train-00000-of-00001.array_record.tmp").unlink()
+    assert prepare(out, many, HERE)["documents"] == len(prepared(out)) == 450
+
+
+def test_the_output_is_no_input(tmp_path):
+    """An output folder among the inputs: what stands in it is left alone, before, on resume and when it is done."""
+    (tmp_path / "a.txt").write_bytes(b"text")
+    out = tmp_path / "out"
+    first = prepare(out, [f"{tmp_path}/**/*"], HERE)
+    assert prepare(out, [f"{tmp_path}/**/*"], HERE) == first and prepared(out) == [b"text"]
+    with pytest.raises(ConfigError, match="every input lies in the output folder"):
+        prepare(out, [f"{out}/*.array_record"], HERE)
+
+
+def test_links_and_views(tmp_path):
+    import pyarrow
+
+    os.symlink(tmp_path / "gone", tmp_path / "link.txt")
+    (tmp_path / "a.txt").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"link\.txt is no file \(a broken link\?\)"):
+        prepare(tmp_path / "out", [f"{tmp_path}/*.txt"], HERE)
+    write_parquet(tmp_path / "v.parquet", pyarrow.array(["p", None], pyarrow.string_view()))
+    prepare(tmp_path / "out", [f"{tmp_path}/v.parquet"], SKIP)
+    assert prepared(tmp_path / "out") == [b"p"]
+
+
+def test_array_records_in_groups_and_damaged(tmp_path):
+    records = [random.Random(i).randbytes(200).hex().encode() for i in range(3000)]
+    for size in (1, 7, 1000):
+        writer = array_record_module.ArrayRecordWriter(str(tmp_path / f"{size}.array_record"), f"group_size:{size}")
+        for record in records:
+            writer.write(record)
+        writer.close()
+        prepare(tmp_path / f"out{size}", [f"{tmp_path}/{size}.array_record"], HERE)
+        assert prepared(tmp_path / f"out{size}") == records
+    data = bytearray((tmp_path / "7.array_record").read_bytes())
+    at = 100_000  # in the middle of some records
+    data[at : at + 20] = bytes(20)
+    (tmp_path / "damaged.array_record").write_bytes(data)
+    manifest = prepare(tmp_path / "out", [f"{tmp_path}/damaged.array_record"], SKIP)
+    kept = prepared(tmp_path / "out")
+    assert 1 <= manifest["unreadable"] < 100 and len(kept) + manifest["unreadable"] == 3000
+    bad = {index for _, index, _ in errors(tmp_path / "out")}
+    assert kept == [r for i, r in enumerate(records) if i not in bad]
+
+
+def test_several_prepared_corpora(many, tmp_path):
+    """Each brings the text it holds out; other files beside them are split; a resumed run knows them by hash."""
+    options = dataclasses.replace(HERE, valid_fraction=0.2)
+    for i in (0, 1):
+        prepare(tmp_path / f"p{i}", [many[i]], options)
+    both = (f"{tmp_path}/p0", f"{tmp_path}/p1")
+    config = DataConfig(train=both, seq_len=16, batch_size=4, cache_dir=f"{tmp_path}/c")
+    wanted = [t for i in (0, 1) for t in prepared(tmp_path / f"p{i}")]
+    held = [t for i in (0, 1) for t in prepared(tmp_path / f"p{i}", "valid")]
+    (train,), valid = load_text(config)
+    assert texts(train) == wanted and texts(valid) == held
+    weighted, same = load_text(dataclasses.replace(config, weights=(1.0, 2.0)))
+    assert [type(c) for c in weighted] == [PreparedCorpus] * 2 and texts(same) == held
+    (mixed,), more = load_text(dataclasses.replace(config, train=(f"{tmp_path}/p0", many[1]), valid_fraction=0.2))
+    assert sorted(texts(mixed) + texts(more)) == sorted(wanted + held)
+    assert texts(more)[: len(prepared(tmp_path / "p0", "valid"))] == prepared(tmp_path / "p0", "valid")
+    with pytest.raises(ConfigError, match=r"name the held-out text in data\.valid"):
+        load_text(dataclasses.replace(config, train=(f"{tmp_path}/p0", many[1]), weights=(1.0, 1.0)))
+
+    batches = Batches([train], config, FLAT_IDS, seed=0)
+    next(batches)
+    state = json.loads(json.dumps(batches.state()))
+    Batches([train], config, FLAT_IDS, seed=0, state=state)
+    shutil.rmtree(tmp_path / "p0")
+    (tmp_path / "turned.jsonl").write_bytes(b"\n".join(reversed(Path(many[0]).read_bytes().splitlines())))
+    prepare(tmp_path / "p0", [f"{tmp_path}/turned.jsonl"], options)  # as many documents and bytes, in another order
+    with pytest.raises(ConfigError, match="the training text has changed since the checkpoint"):
+        Batches(load_text(config)[0], config, FLAT_IDS, seed=0, state=state)
+
+    prepare(tmp_path / "all", [many[0]], HERE)
+    with pytest.raises(ConfigError, match=r"data\.valid: the valid split of .*all is empty"):
+        load_text(dataclasses.replace(config, valid=(f"{tmp_path}/all",)))
 
 
 def test_reserved_bytes_may_be_kept(tmp_path):
@@ -328,6 +442,13 @@ def test_unfinished_and_damaged_corpora_are_refused(many, tmp_path):
         with pytest.raises(DataError, match=r"train\.documents\.npy"):
             load_text(config)
     (out / "train.documents.npy").write_bytes(table)
+    manifest = (out / "manifest.json").read_text()
+    for name, wrong in (("documents", "x"), ("sha256", None), ("shards", 3)):
+        edited = json.loads(manifest)
+        edited["splits"]["train"][name] = wrong
+        (out / "manifest.json").write_text(json.dumps(edited))
+        with pytest.raises(DataError, match=f"not the manifest of a prepared corpus.*{name}"):
+            load_text(config)
     (out / "manifest.json").write_text("[]")
     with pytest.raises(DataError, match="not the manifest of a prepared corpus"):
         load_text(config)
@@ -378,6 +499,32 @@ def die_at_three(x):
 def test_a_job_that_kills_its_process_is_told_from_the_others():
     outcomes = {job: out for job, out in run_jobs(die_at_three, list(range(6)), 2)}
     assert isinstance(outcomes.pop(3), JobDied) and outcomes == {i: 10 * i for i in (0, 1, 2, 4, 5)}
+
+
+def test_a_part_whose_reader_died_is_read_again(tmp_path, monkeypatch):
+    """In this run it counts as unreadable, its good neighbours are kept; the next run tries again."""
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_bytes(name.encode())
+
+    def dying(function, jobs, workers):
+        for job in jobs:
+            if any(source.name.endswith("b.txt") for source in job.sources):
+                yield job, JobDied()
+            else:
+                yield job, function(job)
+
+    for room in ("prepare", "parts"):
+        monkeypatch.setattr(f"bytelm.data.{room}.run_jobs", lambda f, jobs, n: list(dying(f, jobs, n)))
+    monkeypatch.setattr("bytelm.data.prepare.plan_splits", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "out", [f"{tmp_path}/?.txt"], SKIP)
+    (report,) = (tmp_path / "out" / ".parts").glob("*.json")
+    assert [s["unreadable"] for s in json.loads(report.read_text())["sources"]] == [0, 1, 0]
+    (noted,) = (tmp_path / "out" / ".parts").glob("*.errors")
+    assert "the process that read it died" in noted.read_text() and "1 bytes" in noted.read_text()
+    monkeypatch.undo()
+    assert prepare(tmp_path / "out", [f"{tmp_path}/?.txt"], SKIP)["unreadable"] == 0
+    assert prepared(tmp_path / "out") == [b"a", b"b", b"c"]
 
 
 def command(root, out, inputs, *options):

@@ -64,7 +64,35 @@ def test_too_many_in_a_row_end_the_run(poisoned, tmp_path):
         train(config)
     first = records(tmp_path / "run")[0][0]["step"]
     saved = list_steps(tmp_path / "run" / "checkpoints")
-    assert all(step < first for step in saved)  # nothing was saved after it
+    assert all(step < first - 1 for step in saved)  # nothing was saved after it, nor of the weights that gave it
+    aside = [p.name for p in (tmp_path / "run" / "checkpoints").glob("diverged-*")]
+    assert aside == ([f"diverged-{first - 1}"] if (first - 1) % 2 == 0 and saved else [])
+
+
+def test_weights_that_give_no_finite_loss_are_not_gone_back_to(tmp_path, monkeypatch):
+    """The newest checkpoint was saved just before the streak: it is set aside, and the one before it counts."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = run_config(tmp_path / "run", steps=30, checkpoint={"every": 1}, train={"max_skipped": 3})
+    real = loop.make_train_step
+
+    def ruined(*arguments):
+        step = real(*arguments)
+
+        def call(state, batch, capacity):
+            state, metrics = step(state, batch, capacity)
+            if int(state["step"]) == 5:
+                state["params"] = jax.tree.map(lambda x: x * np.float32(np.nan), state["params"])
+            return state, metrics
+
+        return call
+
+    monkeypatch.setattr(loop, "make_train_step", ruined)
+    with pytest.raises(Diverged, match=r"step 8: .* 3 batches in a row .* the checkpoint of step 4 is intact"):
+        train(config)
+    assert list_steps(tmp_path / "run" / "checkpoints") == [4]
+    assert (tmp_path / "run" / "checkpoints" / "diverged-5").is_dir()
+    monkeypatch.setattr(loop, "make_train_step", real)
+    assert train(config).step == 30
 
 
 def test_resume_keeps_the_count(poisoned, tmp_path):

@@ -80,6 +80,19 @@ def test_what_is_missing_is_said(config, env, message, monkeypatch):
         hosts.start(HostsConfig(**config))
 
 
+def test_nobody_answers(monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:1: process 0 did not answer in 1 s .*is it started"):
+        hosts.start(HostsConfig(processes=2, process=1, start_seconds=1))
+    assert "process 1 of 2: waiting for the others at 127.0.0.1:1" in capsys.readouterr().err
+    for wrong in ("nowhere", "host:port"):
+        with pytest.raises(ConfigError, match="must be host:port"):
+            hosts.start(HostsConfig(coordinator=wrong, processes=2, process=1))
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
+    with pytest.raises(ConfigError, match=r"hosts\.process=1: name the coordinator"):
+        hosts.start(HostsConfig(process=1))
+
+
 def test_one_process_joins_nobody(monkeypatch):
     hosts.start(HostsConfig())
     hosts.start(HostsConfig(coordinator="localhost:1", processes=1, process=0))
