@@ -82,7 +82,7 @@ class Checkpoints:
         if bad and not good:
             return f"the weights of the only checkpoint, step {bad[0]}, gave it: start again with other settings"
         for step in bad:
-            self._set_aside(step, "its weights gave a loss that is not finite", "diverged")
+            self._set_aside(step, "has weights that gave a loss that is not finite", "diverged")
         return f"the checkpoint of step {good[-1]} is intact" if good else "no checkpoint had been saved yet"
 
     def steps(self) -> list[int]:
@@ -100,7 +100,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             saved, reason = None, ""
             try:
-                saved = self._manager.restore(step, args=ocp.args.Composite(
+                saved = self._read(step, ocp.args.Composite(
                     params=ocp.args.StandardRestore(abstract["params"]), rest=ocp.args.StandardRestore(rest),
                     data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()))  # fmt: skip
                 if not (isinstance(saved["data"], dict) and isinstance(saved["meta"], dict)):
@@ -125,10 +125,23 @@ class Checkpoints:
             )
         return None
 
+    def _read(self, step: int, items: ocp.args.Composite) -> Any:
+        """What a checkpoint holds. Of several processes each reads on its own: one that meets a damaged file must not
+        leave the others waiting at a barrier."""
+        if not several():
+            return self._manager.restore(step, args=items)
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader{me}"
+        )
+        handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            return reader.restore((self.folder / str(step)).resolve(), args=items)
+
     def _set_aside(self, step: int, reason: str, name: str = "broken") -> None:
         if is_first():
             target = self.folder / f"{name}-{step}"
-            print(f"[checkpoint] {self.folder / str(step)}: {reason}; moved to {target.name}, the one before it counts",
+            print(f"[checkpoint] {self.folder / str(step)} {reason}; moved to {target.name}, the one before it counts",
                   file=sys.stderr, flush=True)  # fmt: skip
             shutil.rmtree(target, ignore_errors=True)
             (self.folder / str(step)).rename(target)
@@ -137,9 +150,10 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything saved is on disk. Raises CheckpointError when it could not be written."""
-        for manager in filter(None, (self._manager, self._best)):
-            with _saving(self.folder):
-                manager.wait_until_finished()
+        for folder, manager in ((self.folder, self._manager), (self.best_folder, self._best)):
+            if manager is not None:
+                with _saving(folder):
+                    manager.wait_until_finished()
 
     def close(self) -> None:
         for manager in filter(None, (self._manager, self._best)):
@@ -170,6 +184,8 @@ def _saving(folder: Path):
     try:
         yield
     except (OSError, ValueError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and several():  # most likely another process is gone
+            raise
         raise CheckpointError(
             f"{folder}: the checkpoint could not be written: {_reason(e)}. Earlier ones stand."
         ) from e

@@ -83,6 +83,18 @@ def train(args: list[str]) -> int:
     config = read_config(source, rest, "bytelm train")
     if dry:
         return _dry_run(config)
+    from bytelm.parallel import hosts
+
+    try:
+        _train(config)
+    except Exception as e:
+        if not hosts.several():
+            raise
+        _leave(e)
+    return EXIT_OK
+
+
+def _train(config: Config) -> None:
     import jax
 
     from bytelm.parallel import hosts
@@ -94,14 +106,28 @@ def train(args: list[str]) -> int:
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" in str(e):
             raise ConfigError(explain_out_of_memory(config, str(e), len(jax.devices()))) from None
-        if not hosts.several():
-            raise
-        hosts.leave(f"another process is gone: {str(e).splitlines()[0]}", EXIT_CHECK_FAILED)
-    except Exception as e:
-        if not hosts.several():
-            raise
-        hosts.leave(str(e), _status(e))  # at once: the others would wait for this one
-    return EXIT_OK
+        if hosts.several():
+            raise hosts.Lost(f"another process is gone: {str(e).splitlines()[0]}") from None
+        raise
+
+
+def _leave(error: Exception) -> None:
+    """Ends one of several processes at once, whatever the error: the others would wait for this one."""
+    import traceback
+
+    from bytelm.data.pipeline import PipelineError
+    from bytelm.parallel import hosts
+    from bytelm.train.loop import Interrupted
+
+    try:
+        if isinstance(error, Interrupted):  # all were asked, and all have saved
+            hosts.barrier("stopped")
+        # A worker that died is no mistake of the user's: starting all again goes on from the last checkpoint.
+        status = EXIT_CHECK_FAILED if isinstance(error, PipelineError) else _status(error)
+    except Exception:
+        traceback.print_exc()
+        status = EXIT_CHECK_FAILED
+    hosts.leave(str(error), status)
 
 
 def _dry_run(config: Config) -> int:
@@ -206,6 +232,7 @@ def run(argv: list[str]) -> int:
 def _status(error: Exception) -> int:
     from bytelm.checkpoint import CheckpointError
     from bytelm.data.readers import DataError
+    from bytelm.parallel.hosts import Lost
     from bytelm.train.loop import Diverged, Interrupted
     from bytelm.vocab import ReservedByteError
 
@@ -214,6 +241,8 @@ def _status(error: Exception) -> int:
     if isinstance(error, Diverged):
         _fail(str(error))
         return EXIT_DIVERGED
+    if isinstance(error, Lost):
+        return EXIT_CHECK_FAILED
     if isinstance(error, (ConfigError, CheckpointError, DataError, ReservedByteError, ImportError, OSError)):
         return _fail(str(error))
     raise error

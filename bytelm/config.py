@@ -39,7 +39,7 @@ class DataConfig:
 
     train: tuple[str, ...] = (
         "bundled:shakespeare[:1003854]",
-    )  # files or globs (.txt, .jsonl, .gz, .zst, [a:b] slices)
+    )  # files or globs (.txt, .jsonl, .gz, .zst, [a:b] slices), prepared folders
     weights: tuple[float, ...] = ()  # share of records drawn from each entry of train; empty = by size
     valid: tuple[str, ...] = ()  # held-out text; empty = split off train by valid_fraction
     valid_fraction: float = 0.05  # part of train held out where valid is empty

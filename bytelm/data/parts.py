@@ -60,13 +60,30 @@ def report_of(job: PartJob) -> dict[str, Any]:
     return json.loads(part_path(job, ".json").read_text(encoding="utf-8"))
 
 
-def errors_of(job: PartJob) -> Iterator[tuple[Source, int, str]]:
-    """(file, number of the record within the file, reason) of each record of a part that could not be read."""
-    before = functools.cache(lambda i: records_before(job.sources[i], job.unit[i].begin))
+def errors_of(job: PartJob, lines_before: dict[str, int] | None = None) -> Iterator[tuple[Source, int, str]]:
+    """(file, number of the record within the file, reason) of each record of a part that could not be read.
+
+    `lines_before`: by path, the lines of the file in the parts before this one, to which its own are added; without it
+    they are counted in the file itself.
+    """
+    report = report_of(job)
+
+    @functools.cache
+    def before(i: int) -> int:
+        source, span = job.sources[i], job.unit[i]
+        if lines_before is not None and source.kind == "jsonl":
+            return lines_before.get(source.path, 0)
+        return records_before(source, span.begin)
+
     with open(part_path(job, ".errors"), encoding="utf-8") as file:
         for line in file:
             i, index, reason = json.loads(line)
             yield job.sources[i], before(i) + index, reason
+    if lines_before is not None:
+        for source, span, lines in zip(job.sources, job.unit, report["lines"]):
+            if lines is None and source.kind == "jsonl":  # its reader died
+                lines = records_before(source, span.end) - records_before(source, span.begin)
+            lines_before[source.path] = lines_before.get(source.path, 0) + (lines or 0)
 
 
 def read_unit(job: PartJob, alone: bool = False, died: bool = False) -> None:
@@ -85,7 +102,10 @@ def read_unit(job: PartJob, alone: bool = False, died: bool = False) -> None:
                 documents.refuse(i, 0, f"the process that read it died (a damaged file, or not enough memory); {lost}")
             else:
                 for index, text in read_span(source, span, job.options):
-                    documents.add(i, index, text)
+                    if text is None:
+                        documents.lines[i] = index
+                    else:
+                        documents.add(i, index, text)
                 if _changed(source):
                     raise DataError(f"{source.name}: was changed while it was read; run the command again")
         documents.finish(died)
@@ -108,6 +128,7 @@ class _DocumentWriter:
         self.job = job
         self._docs = open(part_path(job, ".docs"), "wb")  # noqa: SIM115
         self._errors = open(part_path(job, ".errors"), "w", encoding="utf-8")  # noqa: SIM115
+        self.lines: list[int | None] = [None] * len(job.unit)  # of each span, where that is known
         self._died = False
         self._lengths: list[int] = []
         self._hashes: list[bytes] = []
@@ -164,6 +185,7 @@ class _DocumentWriter:
         self._hashes += [row.tobytes() for row in np.load(part_path(other, ".hashes.npy"))]
         report = report_of(other)
         self._by_source[source] = report["sources"][0]
+        self.lines[source] = report["lines"][0]
         self._died |= report["died"]
         for path in Path(other.folder).glob(f"{other.key}.*"):
             path.unlink()
@@ -181,6 +203,7 @@ class _DocumentWriter:
                 "read": sum(span.size for span in self.job.unit),
                 **together,
                 "sources": self._by_source,
+                "lines": self.lines,
                 "died": died or self._died,
             },
         )

@@ -33,6 +33,10 @@ from bytelm.vocab import ByteIds, ReservedByteError
 Batch = dict[str, NDArray[np.int32]]
 
 
+class PipelineError(DataError):
+    """The reading itself failed, most likely a worker process that died."""
+
+
 class Pieces:
     """Random-access source of document pieces: item i is {"columns": int32 [n, 3]}: inputs, targets, `first` + i.
 
@@ -269,7 +273,7 @@ class Batches:
         except DataError:
             raise
         except Exception as e:  # grain wraps what a worker raised, and says in its own ways that one died
-            raise DataError(f"the data pipeline failed (data.workers={self._workers}): {e}") from e
+            raise PipelineError(f"the data pipeline failed (data.workers={self._workers}): {e}") from e
         for row in rows:
             self._states[int(row["stream"])] = row["state"]
         columns = np.stack([row["columns"] for row in rows])

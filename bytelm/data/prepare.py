@@ -57,7 +57,7 @@ def prepare(out: Path, inputs: Iterable[str], options: PrepareOptions,
         inside = str(out.resolve()) + os.sep  # what an earlier run made there is no input
         sources = [source for source in sources if not source.path.startswith(inside)]
         require(bool(sources), f"every input lies in the output folder {out}")
-        identity = hash_of(FORMAT, settings, [dataclasses.astuple(source) for source in sources])
+        identity = hash_of(FORMAT, settings, [(s.path, s.kind, s.size, s.changed, s.license) for s in sources])
         finished = _finished(out, identity)
         if finished is not None:
             shutil.rmtree(out / PARTS, ignore_errors=True)
@@ -100,7 +100,7 @@ def _own(out: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ConfigError(f"{out}: another process is preparing it") from None
         yield
 
@@ -177,7 +177,7 @@ def _write_all(out: Path, parts: list[PartJob], splits: list[Split], compression
     """Writes every shard that is not there yet; returns what the manifest says of the splits."""
     keys = tuple(part.key for part in parts)
     jobs = {
-        file: ShardJob(str(out), keys, s.split, file, first, end, hash_of(keys, settings, file), compression)
+        file: ShardJob(str(out), keys, s.split, file, first, end, hash_of(keys, settings, file, s.content), compression)
         for s in splits
         for file, first, end in s.shards
     }
@@ -203,8 +203,9 @@ def _write_all(out: Path, parts: list[PartJob], splits: list[Split], compression
 
 def _write_errors(path: Path, parts: list[PartJob]) -> None:
     temporary = path.with_name(path.name + ".tmp")
+    lines_before: dict[str, int] = {}
     with open(temporary, "w", encoding="utf-8") as file:
         for part in parts:
-            for source, index, reason in errors_of(part):
+            for source, index, reason in errors_of(part, lines_before):
                 file.write(json.dumps({"file": source.name, "index": index, "reason": reason}) + "\n")
     temporary.replace(path)

@@ -34,7 +34,7 @@ class _Zstd(io.RawIOBase):
                 raise EOFError("ends in the middle of a frame")
             if not data:
                 return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._frame = self._frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
             self._output, self._input = self._frame.decompress(data), b""
             if self._frame.eof:
                 self._input, self._frame = self._frame.unused_data, None

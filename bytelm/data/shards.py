@@ -28,6 +28,7 @@ class Split:
     documents: int
     bytes: int
     shards: tuple[tuple[str, int, int], ...]  # (file, first record, end), records counted through the split
+    content: str  # hash of its documents, in order
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,12 @@ def plan_splits(out: Path, parts: list[PartJob], options: PrepareOptions) -> tup
         part, offset, length, hashes = part[first], offset[first], length[first], hashes[first]
     if len(length) < FEW:
         keep = length - (length * options.valid_fraction).astype(np.int64)
-        train = _plan_split(out, "train", part, offset, keep, options)
-        valid = _plan_split(out, "valid", part, offset + keep, length - keep, options)
+        train = _plan_split(out, "train", part, offset, keep, hashes, options)
+        valid = _plan_split(out, "valid", part, offset + keep, length - keep, hashes, options)
     else:
         held = held_out(hashes, options.valid_fraction)
-        train = _plan_split(out, "train", part[~held], offset[~held], length[~held], options)
-        valid = _plan_split(out, "valid", part[held], offset[held], length[held], options)
+        train = _plan_split(out, "train", part[~held], offset[~held], length[~held], hashes[~held], options)
+        valid = _plan_split(out, "valid", part[held], offset[held], length[held], hashes[held], options)
     return [train, valid], every - len(length)
 
 
@@ -86,7 +87,7 @@ def _first_of_equals(hashes: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def _plan_split(out: Path, split: str, part: NDArray[np.int64], offset: NDArray[np.int64], length: NDArray[np.int64],
-                options: PrepareOptions) -> Split:  # fmt: skip
+                hashes: NDArray[np.uint8], options: PrepareOptions) -> Split:  # fmt: skip
     """`part`, `offset`, `length`: where in the parts the documents of the split stand."""
     some = length > 0
     part, offset, length = part[some], offset[some], length[some]
@@ -101,10 +102,11 @@ def _plan_split(out: Path, split: str, part: NDArray[np.int64], offset: NDArray[
         (f"{split}-{i:05}-of-{count:05}.array_record", first, end)
         for i, (first, end) in enumerate(zip(firsts.tolist(), ends))
     )
+    content = hashlib.sha256(hashes.tobytes() + records.tobytes()).hexdigest()
     _save(out / PARTS / f"{split}.plan.npy", np.stack([part, offset], axis=1))
     _save(out / f"{split}{DOCUMENTS}", documents)
     _save(out / f"{split}{RECORDS}", records.astype(np.int64))
-    return Split(split, len(length), int(documents[-1]), shards)
+    return Split(split, len(length), int(documents[-1]), shards, content)
 
 
 def _save(path: Path, table: NDArray[np.int64]) -> None:

@@ -1,9 +1,10 @@
 """Text on disk as documents: plain files, jsonl, compressed forms of both, and the bundled corpus.
 
 A corpus is a list of stretches of files, read where they lie, so that its size is not bounded by memory. What cannot be
-read as it stands (jsonl, .gz, .zst, .xz) is written once, decompressed, to a cache folder.
+read as it stands (jsonl, .gz, .zst, .xz, .bz2) is written once, decompressed, to a cache folder.
 """
 
+import fcntl
 import glob
 import hashlib
 import os
@@ -25,7 +26,7 @@ from bytelm.data.readers import COMPRESSED, DAMAGED, DataError, RecordError, jso
 FEW = 20  # documents; with fewer, the end of each is held out
 BUNDLED = {"shakespeare": "tinyshakespeare.txt.xz"}
 TO_PREPARE = (".parquet", ".array_record", ".arrayrecord")
-_UNREADABLE = (".arrow", ".zip", ".tar", ".pdf", ".docx")
+UNREADABLE = (".arrow", ".zip", ".tar", ".pdf", ".docx")
 
 
 def cache_folder(cache_dir: str) -> Path:
@@ -44,23 +45,23 @@ def _split_slice(entry: str) -> tuple[str, slice]:
     return match[1], slice(start, stop)
 
 
-def _expand(entry: str, where: str) -> tuple[list[str], slice]:
-    """Files that an entry names, and the slice to take of each."""
-    pattern, part = _split_slice(entry)
+def expand(pattern: str, where: str) -> list[str]:
+    """Files that a path or glob names, sorted, or a bundled corpus. Raises ConfigError when there are none."""
     if pattern.startswith("bundled:"):
         name = pattern.removeprefix("bundled:")
         if name not in BUNDLED:
             raise ConfigError(f"{where}: no bundled corpus {name!r}; there is {', '.join(BUNDLED)}")
-        return [pattern], part
+        return [pattern]
     pattern = os.path.expanduser(pattern)
-    files = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    files = [f for f in files if os.path.isfile(f)]
+    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    other = next((name for name in found if not os.path.isfile(name) and not os.path.isdir(name)), None)
+    if other is not None:
+        raise ConfigError(f"{where}: {other} is no file (a broken link?)")
+    files = [name for name in found if os.path.isfile(name)]
     if not files:
         hint = " (it is a folder: write FOLDER/*.txt or FOLDER/**/*.jsonl)" if os.path.isdir(pattern) else ""
         raise ConfigError(f"{where}: {pattern!r} matches no file{hint}")
-    if part != slice(None) and len(files) > 1:
-        raise ConfigError(f"{where}: {entry!r} takes a slice of {len(files)} files; a slice needs exactly one")
-    return files, part
+    return files
 
 
 def open_corpus(
@@ -86,7 +87,10 @@ def _open_entry(entry: str, text_field: str, cache_dir: str, where: str) -> Corp
         if len(corpus) == 0:
             raise ConfigError(f"{where}: the {corpus.split} split of {folder} is empty")
         return corpus
-    files, part = _expand(entry, where)
+    pattern, part = _split_slice(entry)
+    files = expand(pattern, where)
+    if part != slice(None) and len(files) > 1:
+        raise ConfigError(f"{where}: {entry!r} takes a slice of {len(files)} files; a slice needs exactly one")
     corpora = [_open_file(f, part, text_field, cache_dir, where) for f in files]
     joined = concatenate(corpora)
     return joined.select(joined.lengths > 0)
@@ -96,7 +100,7 @@ def _open_file(path: str, part: slice, text_field: str, cache_dir: str, where: s
     suffixes = [s.lower() for s in Path(path).suffixes]
     if suffixes and suffixes[-1] in TO_PREPARE:
         raise ConfigError(f"{where}: {path}: {suffixes[-1]} is read by bytelm prepare; then give the folder it made")
-    if suffixes and suffixes[-1] in _UNREADABLE:
+    if suffixes and suffixes[-1] in UNREADABLE:
         raise ConfigError(
             f"{where}: {path}: {suffixes[-1]} files are not read; give text, .jsonl, .gz/.zst/.xz/.bz2 of them, or a "
             "folder made by bytelm prepare"
@@ -136,9 +140,12 @@ def _spool(path: str, is_jsonl: bool, text_field: str, cache_dir: str) -> tuple[
     if not (target.exists() and index.exists()):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if is_jsonl:
-                print(f"[data] reading {path} once into {target}", file=sys.stderr, flush=True)
-            _write_spool(source, target, index, is_jsonl, text_field)
+            with open(target.with_suffix(".lock"), "w") as lock:  # several processes want it: one makes it
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not (target.exists() and index.exists()):
+                    if is_jsonl:
+                        print(f"[data] reading {path} once into {target}", file=sys.stderr, flush=True)
+                    _write_spool(source, target, index, is_jsonl, text_field)
         except OSError as e:
             raise DataError(
                 f"{path}: cannot be unpacked into {folder}: {e} (data.cache_dir names another place)"

@@ -4,7 +4,6 @@ How files are cut depends on the files alone, so that any number of workers make
 """
 
 import contextlib
-import glob
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 from bytelm.config import ConfigError, require
 from bytelm.data.readers import COMPRESSED, DAMAGED, RecordError, jsonl_text, open_stream
-from bytelm.data.sources import BUNDLED
+from bytelm.data.sources import BUNDLED, UNREADABLE, expand
 
 UNIT_BYTES = 64 << 20  # of input that one job reads
 UNIT_FILES = 2048
@@ -26,7 +25,6 @@ _SUFFIXES: dict[str, Kind] = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".array_record": "array_record",
     ".arrayrecord": "array_record",
 }  # fmt: skip
-_UNREADABLE = (".arrow", ".zip", ".tar", ".pdf", ".docx")
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def find_sources(entries: Iterable[str], licenses: list[str]) -> list[Source]:
     """The files that paths and globs name, in sorted order within an entry. Raises ConfigError."""
     sources: list[Source] = []
     for entry, license in zip(entries, licenses):
-        for name in _expand(entry):
+        for name in expand(entry, "input"):
             path = name
             if name.startswith("bundled:"):
                 path = str(resources.files("bytelm") / "data" / "corpus" / BUNDLED[name.removeprefix("bundled:")])
@@ -93,7 +91,7 @@ def find_sources(entries: Iterable[str], licenses: list[str]) -> list[Source]:
                 open(path, "rb").close()
             except OSError as e:
                 raise ConfigError(f"{name}: cannot be read: {e.strerror}") from None
-            sources.append(Source(name, os.path.abspath(path), kind, stat.st_size, stat.st_mtime_ns, license))
+            sources.append(Source(name, os.path.realpath(path), kind, stat.st_size, stat.st_mtime_ns, license))
     if any(source.kind == "parquet" for source in sources):
         try:
             import pyarrow  # noqa: F401
@@ -106,28 +104,11 @@ def find_sources(entries: Iterable[str], licenses: list[str]) -> list[Source]:
     return sources
 
 
-def _expand(entry: str) -> list[str]:
-    if entry.startswith("bundled:"):
-        if entry.removeprefix("bundled:") not in BUNDLED:
-            raise ConfigError(f"no bundled corpus {entry!r}; there is {', '.join(BUNDLED)}")
-        return [entry]
-    pattern = os.path.expanduser(entry)
-    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    files = [name for name in found if os.path.isfile(name)]
-    other = next((name for name in found if not os.path.isfile(name) and not os.path.isdir(name)), None)
-    if other is not None:
-        raise ConfigError(f"input {entry!r}: {other} is no file (a broken link?)")
-    if not files:
-        hint = " (it is a folder: write FOLDER/*.txt or FOLDER/**/*.jsonl.gz)" if os.path.isdir(pattern) else ""
-        raise ConfigError(f"input {entry!r} matches no file{hint}")
-    return files
-
-
 def _kind(path: Path) -> Kind:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = bool(suffixes) and suffixes[-1] in COMPRESSED
     inner = suffixes[-2:-1] if packed else suffixes[-1:]
-    if inner and inner[0] in _UNREADABLE:
+    if inner and inner[0] in UNREADABLE:
         raise ConfigError(f"{path}: {inner[0]} files are not read; give text, jsonl, parquet or ArrayRecord")
     kind = _SUFFIXES.get(inner[0], "text") if inner else "text"
     if packed and kind in ("parquet", "array_record"):
@@ -176,10 +157,11 @@ def _ends(source: Source) -> list[int]:
 
 def read_span(
     source: Source, span: Span, options: PrepareOptions
-) -> Iterator[tuple[int, Iterable[bytes] | RecordError]]:
+) -> Iterator[tuple[int, Iterable[bytes] | RecordError | None]]:
     """(number of the record within the span, its text in chunks or why it cannot be read), in order.
 
-    Iterating over the chunks may raise RecordError too. A blank line is no record, but counts in the numbers.
+    Iterating over the chunks may raise RecordError too. A blank line is no record, but counts in the numbers; at the
+    end of a jsonl span comes (number of its lines, None).
     """
     if source.kind == "text":
         yield 0, _chunks(Path(source.path))
@@ -227,7 +209,9 @@ def _chunks(path: Path) -> Iterator[bytes]:
         raise _damaged(e) from None
 
 
-def _jsonl(source: Source, span: Span, options: PrepareOptions) -> Iterator[tuple[int, Iterable[bytes] | RecordError]]:
+def _jsonl(
+    source: Source, span: Span, options: PrepareOptions
+) -> Iterator[tuple[int, Iterable[bytes] | RecordError | None]]:
     path, limit, index = Path(source.path), options.max_record_bytes, -1
     packed = path.suffix.lower() in COMPRESSED
     try:
@@ -253,6 +237,7 @@ def _jsonl(source: Source, span: Span, options: PrepareOptions) -> Iterator[tupl
     except DAMAGED as e:
         _raise_of_disk(e)
         yield index + 1, _damaged(e)
+    yield index + 1, None
 
 
 def _skip_line(stream: Any) -> None:

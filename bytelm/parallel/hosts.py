@@ -55,6 +55,7 @@ def start(config: HostsConfig) -> None:
               f"{config.start_seconds} s at most", file=sys.stderr, flush=True)  # fmt: skip
         if process:  # jax would end the process with a C++ stack when nobody answers
             _wait_for(coordinator, config.start_seconds)
+    global _joined
     try:
         jax.distributed.initialize(
             **options,
@@ -67,6 +68,7 @@ def start(config: HostsConfig) -> None:
             f"hosts: process {process if options else ''} of {processes if options else 'the cluster'} could not "
             f"join the others: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
         ) from None
+    _joined = jax.process_count() > 1
 
 
 def _wait_for(coordinator: str, seconds: int) -> None:
@@ -100,9 +102,16 @@ def _number(name: str, default: int) -> int:
     return int(value) if value else default
 
 
+_joined = False  # whether this process found the others
+
+
+class Lost(RuntimeError):
+    """Another process of the run is gone (exit status 1: start all again)."""
+
+
 def several() -> bool:
     """Whether this is one of several processes."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    return _joined
 
 
 def leave(why: str, status: int) -> NoReturn:
@@ -159,7 +168,7 @@ def gather(value: Any) -> list[Any]:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.array([len(data)], np.int32))).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)  # few sizes: each is compiled once
     padded[: len(data)] = data
     every = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
     return [json.loads(bytes(row[:size])) for row, size in zip(every, sizes)]

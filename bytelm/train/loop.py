@@ -1,6 +1,7 @@
 """A whole training run on one page: `train(config)`."""
 
 import contextlib
+import dataclasses
 import fcntl
 import itertools
 import math
@@ -15,12 +16,21 @@ import jax
 import numpy as np
 import yaml
 
-from bytelm.checkpoint import FORMAT, Checkpoints, blocking_changes, make_meta, read_meta, stored_config
+from bytelm.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    Checkpoints,
+    blocking_changes,
+    make_meta,
+    read_meta,
+    stored_config,
+)
 from bytelm.codec import differences, dumps, to_dict
-from bytelm.config import Config, ConfigError
+from bytelm.config import Config, ConfigError, HostsConfig
 from bytelm.data.pipeline import Batches, join_states, load_text
 from bytelm.data.readers import DataError
 from bytelm.data.sources import cache_folder
+from bytelm.devices import measured_matmul_rate
 from bytelm.evals.bpb import BitsPerByte
 from bytelm.evals.chunk_history import ChunkHistory
 from bytelm.metrics import MetricsLog, git_commit, plot_losses, versions
@@ -59,8 +69,8 @@ class Result:
 def train(config: Config) -> Result:
     """Trains to config.train.steps: resumes from run_dir where it can, else starts from init_from, else from scratch.
 
-    Raises ConfigError or DataError for what the user can mend, Interrupted after SIGTERM or SIGINT (saved), Diverged
-    when the loss is not finite (nothing saved since the last good checkpoint).
+    Raises ConfigError, DataError or CheckpointError for what the user can mend, Interrupted after SIGTERM or SIGINT
+    (saved), Diverged after train.max_skipped batches in a row whose loss is not finite.
     """
     began = time.monotonic()
     hosts.start(config.hosts)
@@ -72,7 +82,8 @@ def train(config: Config) -> Result:
     mine = hosts.rows_here(mesh, config.data.batch_size)
     ids = byte_ids(config.model, config.data.reserved)
     sources, heldout_text = load_text(config.data)
-    several, first = jax.process_count() > 1, hosts.is_first()
+    several, first = hosts.several(), hosts.is_first()
+    matmul_rate = measured_matmul_rate(config.model.dtype)  # outside the mesh: of one device, and of this process
     progress = Progress(config.train.steps, quiet=not first)
 
     with contextlib.ExitStack() as stack:
@@ -102,7 +113,7 @@ def train(config: Config) -> Result:
         _print_start(config, progress, mesh, sources, heldout_text, count_parameters(setup.abstract["params"]), step)
         health = Health(config.train.max_skipped, batches.where, partial(_skipped, log, progress),
                         checkpoints.leave_diverged, seen=meta.get("bytes", 0))  # fmt: skip
-        speed = Speed(config, mesh.size, step, health.seen)
+        speed = Speed(config, mesh.size, step, health.seen, matmul_rate)
         commit = git_commit()
         log.write({"step": step, "event": "start", "seed": config.train.seed, "commit": commit,
                    "versions": versions(), "device": speed.device, "devices": mesh.size,
@@ -119,7 +130,7 @@ def train(config: Config) -> Result:
 
         def evaluate(max_bytes: int) -> BitsPerByte | None:
             nonlocal best
-            if watched.text and not watched.has(step):
+            if watched.text and not hosts.gather(watched.has(step))[0]:
                 watched.add(step, evaluation.boundaries(state["params"], watched.text))
             result = evaluation.bits_per_byte(state["params"], max_bytes)
             if result is None:
@@ -236,7 +247,9 @@ def _choose_capacity(config: Config, state: Any, now: Capacity, progress: Progre
 
 
 def _write_config(config: Config, run_dir: Path) -> None:
-    (run_dir / "config.yaml.tmp").write_text(dumps(config), encoding="utf-8")
+    """The run's config, without what this start was told of its processes: the next one may have others."""
+    general = dataclasses.replace(config, hosts=HostsConfig())
+    (run_dir / "config.yaml.tmp").write_text(dumps(general), encoding="utf-8")
     (run_dir / "config.yaml.tmp").replace(run_dir / "config.yaml")
 
 
@@ -273,7 +286,7 @@ def _own(run_dir: Path, first: bool = True) -> Iterator[None]:
         try:
             if first:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ConfigError(f"train.run_dir={run_dir}: another process is training there") from None
         yield
 
@@ -281,17 +294,19 @@ def _own(run_dir: Path, first: bool = True) -> Iterator[None]:
 def _resume(config: Config, checkpoints: Checkpoints, abstract: Any, progress: Progress) -> tuple | None:
     """The newest readable checkpoint, if its config allows to go on from it."""
     for step in reversed(checkpoints.steps()):
-        with contextlib.suppress(ValueError):  # an unreadable meta record: restore() below says so and goes back
-            meta = read_meta(checkpoints.folder / str(step))
-            stored = stored_config(meta, str(checkpoints.folder / str(step)))
-            if meta.get("format") != FORMAT:
-                raise ConfigError(
-                    f"{checkpoints.folder / str(step)}: saved by another version of bytelm ({meta.get('format')}, this "
-                    f"one goes on from {FORMAT}); start a new run from its weights with --train.init-from"
-                )
-            changes = differences(stored, config)
-            blocking = blocking_changes(changes)
-            break
+        folder = checkpoints.folder / str(step)
+        try:
+            meta = read_meta(folder)
+        except CheckpointError:  # restore() below says so and goes back
+            continue
+        if meta.get("format") != FORMAT:
+            raise ConfigError(
+                f"{folder}: saved by another version of bytelm ({meta.get('format')}, this one goes on from {FORMAT}); "
+                "start a new run from its weights with --train.init-from"
+            )
+        changes = differences(stored_config(meta, str(folder)), config)
+        blocking = blocking_changes(changes)
+        break
     else:
         changes, blocking = [], []
     if blocking and not config.train.allow_config_change:

@@ -6,7 +6,7 @@ import time
 import jax
 
 from bytelm.config import Config
-from bytelm.devices import find_chip, measured_matmul_rate
+from bytelm.devices import find_chip
 from bytelm.models.flops import TRAIN_FACTOR
 
 
@@ -17,10 +17,10 @@ class Speed:
     rate measured at the start in the run's own compute type.
     """
 
-    def __init__(self, config: Config, devices: int, step: int, seen: int):
-        """`step` and `seen`: where the run stands now."""
+    def __init__(self, config: Config, devices: int, step: int, seen: int, matmul_rate: float):
+        """`step` and `seen`: where the run stands now; `matmul_rate`: FLOP/s measured on one device."""
         self.device = jax.devices()[0].device_kind
-        self.measured = measured_matmul_rate(config.model.dtype)
+        self.measured = matmul_rate
         self._chip = find_chip(self.device)
         self._devices, self._steps = devices, config.train.steps
         self._time, self._seen, self._step = time.monotonic(), seen, step

@@ -12,11 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from bytelm import codec
-from bytelm.checkpoint import CheckpointError, list_steps
+from bytelm.checkpoint import CheckpointError, list_steps, restore_params
 from bytelm.metrics import read_metrics
+from bytelm.models.build import structure
 from bytelm.train.loop import train
 from tiny import FULL, flat, run_config
 
@@ -124,16 +127,22 @@ def damage(folder, rng):
 
 @pytest.mark.slow
 def test_twenty_damages_to_the_newest_checkpoint(tmp_path):
-    """Whatever is wrong with it: the run goes on from it or from the one before, and ends with the same losses."""
-    config = run_config(tmp_path / "whole", steps=6)
+    """Whatever is wrong with it: the run goes on from it or from the one before, to the same losses and weights."""
+    config = run_config(tmp_path / "whole", steps=8, checkpoint={"keep": 4})
     train(config)
     wanted, fell_back = losses(tmp_path / "whole"), 0
+    shapes = structure(config.model)[1]
+    last = restore_params(tmp_path / "whole" / "checkpoints" / "8", shapes)
     for i in range(20):
         run = tmp_path / f"{i}"
         shutil.copytree(tmp_path / "whole", run)
+        shutil.rmtree(run / "checkpoints" / "8")
         what = damage(run / "checkpoints" / "6", random.Random(i))
         result = train(dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(run))))
-        assert result.step == 6 and losses(run) == wanted, what
+        assert result.step == 8 and losses(run) == wanted, what
+        again = restore_params(run / "checkpoints" / "8", shapes)
+        same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), again, last)
+        assert all(jax.tree.leaves(same)), what
         fell_back += (run / "checkpoints" / "broken-6").exists()
     assert fell_back >= 10  # some damage is to what reading does not need
 

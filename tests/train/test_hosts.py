@@ -148,12 +148,13 @@ def wait_for_step(process, run, step):
 def test_two_processes_are_one_run(start, tmp_path):
     """Equal losses to one process; one of them killed: both start again from the checkpoint, to the same losses; asked
     to stop: both do, and one process with workers goes on to the same end."""
+    process, two = start("two", 2)  # first, so that both find the text not unpacked yet
+    finish(process)
     process, one = start("one", 1)
     finish(process)
     wanted = losses(one)
-    process, two = start("two", 2)
-    finish(process)
     close(losses(two), wanted)
+    assert codec.load(two / "config.yaml").hosts == HostsConfig()
     held = [[r["heldout_bpb"] for r in read_metrics(run / "metrics.jsonl") if "heldout_bpb" in r] for run in (one, two)]
     np.testing.assert_allclose(*held, atol=1e-5)
 
@@ -175,6 +176,18 @@ def test_two_processes_are_one_run(start, tmp_path):
     process, _ = start("stopped", 1, checkpoint={"every": 1000}, data={"workers": 2})
     finish(process)
     close(losses(stopped), wanted)
+
+
+@pytest.mark.slow
+def test_two_processes_fall_back_from_a_damaged_checkpoint(start):
+    process, run = start("run", 2, steps=6)
+    finish(process)
+    wanted = losses(run)
+    largest = max((run / "checkpoints" / "6" / "params").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    largest.write_bytes(largest.read_bytes()[:100])
+    process, _ = start("run", 2, steps=6)
+    finish(process)
+    assert (run / "checkpoints" / "broken-6").is_dir() and losses(run) == wanted
 
 
 @pytest.mark.slow

@@ -282,6 +282,15 @@ def test_broken_meta_falls_back(tmp_path, capsys):
     assert "at step 2" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_another_format_is_refused(tmp_path):
+    config = run_config(tmp_path / "run", steps=2)
+    train(config)
+    record = tmp_path / "run" / "checkpoints" / "2" / "meta" / "metadata"
+    record.write_text(record.read_text().replace("bytelm-checkpoint-2", "bytelm-checkpoint-1"))
+    with pytest.raises(ConfigError, match="saved by another version of bytelm .*--train.init-from"):
+        train(config)
+
+
 def test_best_is_replaced_when_the_run_goes_another_way(tmp_path):
     """best/ of steps that a fall-back undid goes away, and the same step can be saved as best again."""
     config = run_config(tmp_path / "run", steps=4, eval={"every": 1}, optim={"schedule": "constant"})
