@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from bytelm.codec import from_dict, to_dict
@@ -49,6 +50,7 @@ class Checkpoints:
         with _saving(self.folder):
             self._one_at_a_time(self._best)
             _check_space(self.folder, state)
+            meta = {**meta, "checksums": checksums(state)}
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state["params"]), rest=ocp.args.StandardSave(rest),
@@ -105,6 +107,9 @@ class Checkpoints:
                     data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()))  # fmt: skip
                 if not (isinstance(saved["data"], dict) and isinstance(saved["meta"], dict)):
                     raise CheckpointError("its data or meta record is not a mapping")
+                wanted = saved["meta"].pop("checksums", None)
+                if wanted is not None and checksums({"params": saved["params"], **saved["rest"]}) != wanted:
+                    raise CheckpointError("its arrays are not those that were saved")
             except Exception as e:  # orbax and tensorstore raise many kinds for a damaged file
                 reason = _reason(e)
             reasons = [said for said in gather(reason) if said]  # another process may have met what this one did not
@@ -169,6 +174,22 @@ def _reason(error: Exception) -> str:
 def _manager(folder: Path, keep: int, period: int | None = None) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=period, create=True)
     return ocp.CheckpointManager(folder.resolve(), options=options)
+
+
+def checksums(state: Any) -> dict[str, int]:
+    """A number for each array that another one in its place would not have, by path: sums of its bits, weighted by
+    place, modulo 2^32. Arrays read back from a damaged file may be well-formed and wrong."""
+
+    def one(x):
+        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+        place, stride = jnp.ones(x.shape, jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):  # not flattened, so that every device sums what it has
+            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(2654435761 * stride % 2**32)
+            stride *= x.shape[axis]
+        return jnp.sum(bits.astype(jnp.uint32) * place, dtype=jnp.uint32)
+
+    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(one, tree))(state))
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): int(v) for p, v in jax.tree.leaves_with_path(sums)}
 
 
 def _check_space(folder: Path, tree: Any) -> None:

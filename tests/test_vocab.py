@@ -11,10 +11,14 @@ from bytelm.vocab import FLAT_IDS, complete_prefix, encode
 
 @given(st.binary(max_size=12) | st.text(max_size=6).map(lambda s: s.encode()))
 def test_complete_prefix_agrees_with_the_incremental_decoder(data):
-    """Python's incremental decoder holds back exactly the bytes that may still become a character."""
+    """Python's incremental decoder holds back exactly the bytes that may still become a character, and the start of a
+    surrogate (ED A0 to ED BF), which never becomes one: that is for its error handler surrogatepass."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     decoder.decode(data)
-    assert len(data) - complete_prefix(data) == len(decoder.getstate()[0])
+    held = decoder.getstate()[0]
+    if len(held) == 2 and held[0] == 0xED and held[1] >= 0xA0:
+        held = b""
+    assert len(data) - complete_prefix(data) == len(held)
 
 
 def test_invalid_bytes_are_not_held_back():

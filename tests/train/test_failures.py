@@ -144,7 +144,7 @@ def test_twenty_damages_to_the_newest_checkpoint(tmp_path):
         same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), again, last)
         assert all(jax.tree.leaves(same)), what
         fell_back += (run / "checkpoints" / "broken-6").exists()
-    assert fell_back >= 10  # some damage is to what reading does not need
+    assert fell_back >= 5  # some damage is to what reading does not need
 
 
 @pytest.mark.slow
