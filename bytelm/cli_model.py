@@ -35,7 +35,7 @@ class SampleOptions:
     seed: int = 0  # same seed, same text
     count: int = 1  # how many continuations
     reserved: Literal["error", "replace"] | None = None  # bytes the model keeps for itself; none: as it was trained
-    config: Path | None = None  # H-Net's config JSON, for a bare file of weights
+    config: Path | None = None  # the reference's config JSON, for a bare file of weights
     checkpoint: str = "latest"  # latest, best, or a step
 
 
@@ -74,7 +74,7 @@ class EvalOptions:
     window: int = 0  # bytes of context; 0 = min(8192, the trained length)
     compare: bool = False  # add compressor lines given the run's training text
     reserved: Literal["error", "replace"] | None = None  # bytes the model keeps for itself; none: as it was trained
-    config: Path | None = None  # H-Net's config JSON, for a bare file of weights
+    config: Path | None = None  # the reference's config JSON, for a bare file of weights
     checkpoint: str = "latest"  # latest, best, or a step
     json: bool = False  # print one JSON object
 
@@ -161,7 +161,7 @@ class ChunksOptions:
     html: Path | None = None  # write a page with a hover card for every character
     json: bool = False  # print boundaries and probabilities as one JSON object
     reserved: Literal["error", "replace"] | None = None  # bytes the model keeps for itself; none: as it was trained
-    config: Path | None = None  # H-Net's config JSON, for a bare file of weights
+    config: Path | None = None  # the reference's config JSON, for a bare file of weights
     checkpoint: str = "latest"  # latest, best, or a step
 
 
@@ -204,14 +204,14 @@ class ConvertOptions:
 
     source: PathArgument  # run, checkpoint, weights directory, or a published checkpoint (folder or .pt file)
     target: PathArgument  # new folder
-    to: Literal["bytelm", "hnet"] = "bytelm"  # format of the result: ours, or H-Net's names and config
-    config: Path | None = None  # H-Net's config JSON, for a bare .pt or .safetensors file
+    to: Literal["bytelm", "hnet", "hf"] = "bytelm"  # format: ours, H-Net's, or transformers' (ByT5, MrT5)
+    config: Path | None = None  # the reference's config JSON, for a bare file of weights
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the stored tensors
     checkpoint: str = "latest"  # latest, best, or a step
 
 
 def convert(args: list[str]) -> int:
-    from bytelm.interop.published import is_model, open_model, save_hnet
+    from bytelm.interop.published import is_model, open_model, save_hf, save_hnet
     from bytelm.interop.weights import save_weights
     from bytelm.lm import load_run
 
@@ -226,6 +226,8 @@ def convert(args: list[str]) -> int:
         model, context = config.model, config.data.seq_len
     if options.to == "hnet":
         save_hnet(options.target, model, params, options.dtype)
+    elif options.to == "hf":
+        save_hf(options.target, model, params, options.dtype)
     else:
         save_weights(options.target, model, params, context, options.dtype)
     print(f"{options.target}: config.json, model.safetensors ({options.dtype})")

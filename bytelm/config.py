@@ -14,6 +14,7 @@ from bytelm.model_config import (
     ArchLayout,
     CapacityConfig,
     ConfigError,
+    DeletionConfig,
     DType,
     FlatConfig,
     HNetConfig,
@@ -21,15 +22,17 @@ from bytelm.model_config import (
     Remat,
     SSMConfig,
     StackConfig,
+    T5Config,
     parse_arch_layout,
     parse_layout,
     require,
 )
 
 __all__ = [
-    "ArchLayout", "CapacityConfig", "CheckpointConfig", "Config", "ConfigError", "DType", "DataConfig", "EvalConfig",
+    "ArchLayout", "CapacityConfig", "CheckpointConfig", "Config", "ConfigError", "DType", "DataConfig", "DeletionConfig",
+    "EvalConfig",
     "FlatConfig", "HNetConfig", "HostsConfig", "MeshConfig", "ModelConfig", "OptimConfig", "Remat", "SSMConfig",
-    "StackConfig", "TrainConfig", "parse_arch_layout", "parse_layout",
+    "StackConfig", "T5Config", "TrainConfig", "parse_arch_layout", "parse_layout",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -104,9 +105,10 @@ def params_from(weights: Weights, config: HNetConfig) -> Params:
     return params
 
 
-def state_dict(params: Params, config: HNetConfig, xp: Any = np) -> dict[str, Any]:
-    """A state dict in the reference's names and shapes from our parameters: the inverse of `params_from`. `xp` is the
-    array module that the parameters are of (jax.numpy under eval_shape)."""
+def state_dict(params: Params, config: HNetConfig) -> dict[str, Any]:
+    """A state dict in the reference's names and shapes from our parameters (numpy, or traced): the inverse of
+    `params_from`."""
+    xp = np if isinstance(params["embed"]["table"], np.ndarray) else jnp
     out: dict[str, Any] = {"embeddings.weight": params["embed"]["table"]}
     node = params["backbone"]
     for s in range(config.levels + 1):

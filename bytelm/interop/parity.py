@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 
 from bytelm.checkpoint import CheckpointError
 from bytelm.config import ConfigError
+from bytelm.interop import t5
 from bytelm.interop.parity_hnet import measure_hnet, need_tensors
-from bytelm.interop.published import is_model
+from bytelm.interop.parity_t5 import measure_t5
+from bytelm.interop.published import is_model, read_record
 from bytelm.interop.weights import is_weights_dir, load_config
 from bytelm.models.build import structure
 from bytelm.parallel.rules import path_string
@@ -50,18 +52,20 @@ def run_case(case: Path, precision: str = "highest") -> dict[str, Any]:
     with jax.default_matmul_precision(precision):
         if is_weights_dir(case):
             family, measured = "flat", _flat(case, io, weights)
+        elif t5.is_t5(record := read_record(case)):
+            family, measured = record["model_type"], measure_t5(case, io, weights)
         elif is_model(case):
             family, measured = "hnet", measure_hnet(case, io, weights)
         else:
-            raise ConfigError(f"{case}: this version of bytelm runs parity cases of the flat family and of H-Net")
-    record: dict[str, Any] = {"family": family}
+            raise ConfigError(f"{case}: this version of bytelm runs parity cases of the flat family, H-Net, ByT5, MrT5")
+    result: dict[str, Any] = {"family": family}
     keys = ("max_abs_logit_error", "max_abs_prob_error", "boundaries_equal", "max_abs_gate_error", "positions_equal",
             "greedy_equal", "max_abs_step_error", "loss_error", "max_rel_grad_error")  # fmt: skip
-    record |= {key: measured.get(key) for key in keys}
-    record["tolerances"] = TOLERANCES
-    record |= {"precision": precision, "device": jax.devices()[0].device_kind}
-    record["ok"] = all(_passes(key, record[key]) for key in keys)
-    return record
+    result |= {key: measured.get(key) for key in keys}
+    result["tolerances"] = TOLERANCES
+    result |= {"precision": precision, "device": jax.devices()[0].device_kind}
+    result["ok"] = all(_passes(key, result[key]) for key in keys)
+    return result
 
 
 def _passes(key: str, value: Any) -> bool:

@@ -7,18 +7,21 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from bytelm.config import ConfigError, FlatConfig, ModelConfig
+from bytelm.config import ConfigError, FlatConfig, HNetConfig, ModelConfig, T5Config
 from bytelm.models.hnet import HNet
+from bytelm.models.t5 import T5
 from bytelm.models.transformer import FlatModel
-from bytelm.vocab import FLAT_IDS, HNET_IDS, ByteIds
+from bytelm.vocab import FLAT_IDS, HNET_IDS, T5_IDS, ByteIds
 
 Params = dict[str, Any]  # nested dict of arrays
 
 
-def build(config: ModelConfig, key: Array) -> FlatModel | HNet:
+def build(config: ModelConfig, key: Array) -> FlatModel | HNet | T5:
     """The network of a config with fresh weights. `key` is a typed PRNG key."""
     rngs = nnx.Rngs(params=key)
-    return FlatModel(config, rngs=rngs) if isinstance(config, FlatConfig) else HNet(config, rngs=rngs)
+    if isinstance(config, FlatConfig):
+        return FlatModel(config, rngs=rngs)
+    return HNet(config, rngs=rngs) if isinstance(config, HNetConfig) else T5(config, rngs=rngs)
 
 
 def byte_ids(config: ModelConfig, reserved: str = "error") -> ByteIds:
@@ -26,7 +29,7 @@ def byte_ids(config: ModelConfig, reserved: str = "error") -> ByteIds:
     (`reserved` error) or get U+FFFD in their place (replace)."""
     if reserved not in ("error", "replace"):
         raise ConfigError(f"reserved={reserved!r}: choose error or replace")
-    ids = FLAT_IDS if isinstance(config, FlatConfig) else HNET_IDS
+    ids = {FlatConfig: FLAT_IDS, HNetConfig: HNET_IDS, T5Config: T5_IDS}[type(config)]
     return dataclasses.replace(ids, replace=reserved == "replace")
 
 

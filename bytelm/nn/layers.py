@@ -1,6 +1,8 @@
 """Linear maps, norm, MLP, embedding. Parameters are float32; each layer computes in the dtype it is given."""
 
 import math
+from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -59,16 +61,49 @@ class RMSNorm(nnx.Module):
         return (x * scale).astype(self.dtype)
 
 
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020, "GLU variants improve transformer")."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dropout:
+    """Sets a share of numbers to 0 and scales the others up. Without a key (outside training) it does nothing."""
+
+    rate: float = field(default=0.0, metadata=dict(static=True))
+    key: Array | None = None
+
+    def fold(self, n: Int[Array, ""] | int) -> "Dropout":
+        """The dropout of part n, which draws for itself."""
+        return self if self.key is None or not self.rate else Dropout(self.rate, jax.random.fold_in(self.key, n))
+
+    def __call__(self, x: Float[Array, "..."], place: int) -> Float[Array, "..."]:
+        """`x` with numbers dropped; each `place` in a block draws for itself."""
+        if self.key is None or not self.rate:
+            return x
+        keep = jax.random.bernoulli(jax.random.fold_in(self.key, place), 1 - self.rate, x.shape)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, "GLU variants improve transformer")."""
+
+    activation = staticmethod(jax.nn.silu)
 
     def __init__(self, d: int, f: int, *, std: float, out_std: float, dtype: str, rngs: nnx.Rngs):
         self.gate = Linear((d,), (f,), std=std, dtype=dtype, rngs=rngs)
         self.up = Linear((d,), (f,), std=std, dtype=dtype, rngs=rngs)
         self.down = Linear((f,), (d,), std=out_std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: Float[Array, "*b d"], dropout: Dropout | None = None) -> Float[Array, "*b d"]:
+        hidden = self.activation(self.gate(x)) * self.up(x)
+        return self.down(hidden if dropout is None else dropout(hidden, 0))
+
+
+class SwiGLU(GatedMLP):
+    """A gated MLP with SiLU."""
+
+
+class GatedGELU(GatedMLP):
+    """A gated MLP with the tanh approximation of GELU, as T5 1.1 has it."""
+
+    activation = staticmethod(partial(jax.nn.gelu, approximate=True))
 
 
 class Embedding(nnx.Module):

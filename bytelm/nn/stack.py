@@ -59,7 +59,7 @@ def residual_additions(layout: str) -> int:
     return sum(count * (2 if kind.isupper() else 1) for kind, count in parse_layout(layout))
 
 
-_REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 class Stack(nnx.Module):
@@ -103,7 +103,7 @@ class Stack(nnx.Module):
             looped = self.config.scan_layers and run.mixer_norm.scale.shape[0] > 1
             layer = body
             if self.config.remat != "none":  # only a real loop keeps the compiler from merging the recomputation away
-                layer = jax.checkpoint(body, policy=_REMAT_POLICIES[self.config.remat], prevent_cse=not looped)
+                layer = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=not looped)
             r, _ = self._over_layers(layer, r, run)
         return self.norm(r)
 

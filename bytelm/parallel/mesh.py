@@ -16,6 +16,7 @@ LOGICAL_TO_MESH: dict[str | None, tuple[str, ...] | str | None] = {
     "embed": "fsdp",  # d_model of a weight matrix
     "heads": "tensor",
     "kv_heads": "tensor",
+    "some_heads": "tensor",  # or whole, where it does not divide them (ByT5 small has 6)
     "mlp": "tensor",
     "layers": None,
     "replicated": None,

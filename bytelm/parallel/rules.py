@@ -24,12 +24,12 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"residual/bias", (None,)),
     (r"(backbone|inner)/pad", (None,)),
     (r"chunks/(need|capacity)", (None,)),  # of the train state, not parameters
-    (r"run\d+/(mixer|mlp)_norm/scale", ("layers", None)),
+    (r"(run\d+|blocks)/(mixer|attention|cross|mlp)_norm/scale", ("layers", None)),
     (r"run\d+/attention/q/kernel", ("layers", "embed", "heads", None)),
     (r"run\d+/attention/[kv]/kernel", ("layers", "embed", "kv_heads", None)),
     (r"run\d+/attention/out/kernel", ("layers", "heads", None, "embed")),
-    (r"run\d+/mlp/(gate|up)/kernel", ("layers", "embed", "mlp")),
-    (r"run\d+/mlp/down/kernel", ("layers", "mlp", "embed")),
+    (r"(run\d+|blocks)/mlp/(gate|up)/kernel", ("layers", "embed", "mlp")),
+    (r"(run\d+|blocks)/mlp/down/kernel", ("layers", "mlp", "embed")),
     (r"run\d+/mamba/[zx]/kernel", ("layers", "embed", "heads", None)),
     (r"run\d+/mamba/bc/kernel", ("layers", "embed", None, None)),
     (r"run\d+/mamba/dt/kernel", ("layers", "embed", "heads")),
@@ -40,6 +40,17 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"run\d+/mamba/(A_log|D|dt_bias)", ("layers", "heads")),
     (r"run\d+/mamba/norm/scale", ("layers", "heads", None)),
     (r"run\d+/mamba/out/kernel", ("layers", "heads", None, "embed")),
+    (r"blocks/(cross_)?attention/[qkv]/kernel", ("layers", "embed", "some_heads", None)),
+    (r"blocks/(cross_)?attention/out/kernel", ("layers", "some_heads", None, "embed")),
+    (r"(encoder|decoder)/bias/table", (None, None)),
+    (r"(delete_gate|boundary|pool)/norm/scale", (None,)),
+    (r"delete_gate/kernel", (None,)),
+    (r"boundary/hidden", ("embed", "mlp")),
+    (r"boundary/hidden_bias", ("mlp",)),
+    (r"boundary/out", ("mlp", None)),
+    (r"boundary/out_bias", (None,)),
+    (r"pool/kernel", (None, "embed", None)),
+    (r"pool/bias", (None,)),
 )
 
 
@@ -70,6 +81,8 @@ def state_shardings(mesh: Mesh, abstract: Any, rules: tuple = RULES) -> Any:
         axes = logical_axes(name, rules)
         if len(axes) != leaf.ndim:
             raise ValueError(f"parameter {name!r} has shape {leaf.shape}, the sharding table gives it axes {axes}")
+        axes = tuple(None if axis == "some_heads" and size % mesh.shape["tensor"] else axis
+                     for size, axis in zip(leaf.shape, axes))  # fmt: skip
         spec = to_spec(axes)
         for size, mesh_axis, axis in zip(leaf.shape, spec, axes):
             ways = mesh.shape[mesh_axis] if isinstance(mesh_axis, str) else 1
