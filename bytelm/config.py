@@ -29,8 +29,8 @@ from bytelm.model_config import (
 )
 
 __all__ = [
-    "ArchLayout", "CapacityConfig", "CheckpointConfig", "Config", "ConfigError", "DType", "DataConfig", "DeletionConfig",
-    "EvalConfig",
+    "ArchLayout", "CapacityConfig", "CheckpointConfig", "Config", "ConfigError", "DType", "DataConfig",
+    "DeletionConfig", "EvalConfig",
     "FlatConfig", "HNetConfig", "HostsConfig", "MeshConfig", "ModelConfig", "OptimConfig", "Remat", "SSMConfig",
     "StackConfig", "T5Config", "TrainConfig", "parse_arch_layout", "parse_layout",
 ]  # fmt: skip
@@ -46,9 +46,16 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # share of records drawn from each entry of train; empty = by size
     valid: tuple[str, ...] = ()  # held-out text; empty = split off train by valid_fraction
     valid_fraction: float = 0.05  # part of train held out where valid is empty
+    task: Literal["text", "spans", "vowels", "context_vowels", "merge", "copy", "pairs"] = (
+        "text"  # text to go on with; for encoder-decoders: corrupted text, a diagnostic, or lines "input TAB target"
+    )
     text_field: str = "text"  # field of a jsonl record that holds the text
     reserved: Literal["error", "replace"] = "error"  # bytes the model keeps for itself (H-Net: FE, FF): or U+FFFD
-    seq_len: int = 1024  # bytes per row
+    seq_len: int = 1024  # bytes per row; of an encoder-decoder, ids of its input
+    target_len: int = 0  # ids of an encoder-decoder's target; 0 = what the task needs
+    noise_density: float = 0.15  # spans: share of the text taken out
+    mean_span: float = 20.0  # spans: bytes taken out at once, on average
+    truncate: bool = False  # pairs: cut what is longer than its row, instead of refusing it
     batch_size: int = 8  # rows per optimizer step, over all devices
     packing: Literal["concat", "best_fit"] = "concat"  # cut the stream at row ends, or keep short documents whole
     packing_bins: int = 8  # open rows per stream of best_fit
@@ -69,7 +76,9 @@ class DataConfig:
         for name in ("seq_len", "batch_size", "packing_bins", "prefetch"):
             require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)}: must be at least 1")
         require(self.seq_len >= 2, f"data.seq_len={self.seq_len}: must be at least 2, a symbol and what follows it")
-        for name in ("piece_bytes", "shards", "workers"):
+        require(0 < self.noise_density < 1, f"data.noise_density={self.noise_density}: must be between 0 and 1")
+        require(self.mean_span >= 1, f"data.mean_span={self.mean_span}: must be at least 1")
+        for name in ("piece_bytes", "shards", "workers", "target_len"):
             require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must not be negative")
         require(0 <= self.valid_fraction < 1, f"data.valid_fraction={self.valid_fraction}: must be in [0, 1)")
         require(
@@ -238,3 +247,10 @@ class Config:
             self.data.batch_size % self.train.grad_accum == 0,
             f"train.grad_accum={self.train.grad_accum} does not divide data.batch_size={self.data.batch_size}",
         )
+        reads = isinstance(self.model, T5Config)
+        require(
+            reads == (self.data.task != "text"),
+            f"data.task={self.data.task!r} with model.family={self.model.family!r}: "
+            + ("an encoder-decoder needs inputs and targets: choose spans, pairs or a diagnostic" if reads else
+               "only an encoder-decoder (t5) reads inputs: choose text"),
+        )  # fmt: skip

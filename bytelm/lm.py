@@ -1,7 +1,6 @@
-"""The byte language model protocol, and `load`."""
+"""Networks trained on bytes as byte language models, and `load`."""
 
 import dataclasses
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,125 +19,14 @@ from bytelm.checkpoint import (
     restore_params,
     stored_config,
 )
-from bytelm.config import Config, ConfigError, ModelConfig
-from bytelm.generate import Sampling, bucket, generate_bytes, pad_rows, visible_inputs
+from bytelm.config import Config, ConfigError, ModelConfig, T5Config
+from bytelm.generate import bucket, generate_bytes, pad_rows, visible_inputs
 from bytelm.interop.published import NO_MODEL, is_model, open_model
 from bytelm.models.build import Params, byte_ids, structure
-from bytelm.vocab import REPLACEMENT, complete_prefix, encode
+from bytelm.protocol import ByteLM, Score, Text, log_softmax
+from bytelm.seq2seq_lm import Seq2SeqLM
+from bytelm.vocab import REPLACEMENT, encode
 from bytelm.windows import DEFAULT_WINDOW, document_windows
-
-Text = str | bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """Natural log-probability of a text: the sum, and of each byte. The end symbol is not scored."""
-
-    total: float
-    per_byte: NDArray[np.float64]
-
-
-class ByteLM(ABC):
-    """A distribution over byte strings: next-byte probabilities, scores and samples.
-
-    Symbols 0-255 are bytes, 256 is the end of the text. Texts are bytes, or str read as UTF-8. Subclasses give the
-    batched forms; the single ones are written once, here.
-    """
-
-    window: int  # bytes of context the model was made for
-
-    @abstractmethod
-    def logprobs_batch(self, prefixes: Sequence[Text]) -> NDArray[np.float64]:
-        """ln p of each of the 257 symbols after each prefix: [n, 257]."""
-
-    @abstractmethod
-    def score_batch(
-        self, texts: Sequence[Text], contexts: Sequence[Text] | None = None, window: int | None = None
-    ) -> list[Score]:
-        """Log-probability of each text after its context (none: after the start of a document).
-
-        What is longer than `window` (default: min(8192, the trained length)) is scored by the rolling rule.
-        """
-
-    @abstractmethod
-    def _continue(
-        self, prompts: list[bytes], max_bytes: int, sampling: Sampling, seed: int, stop: tuple[bytes, ...], block: int
-    ) -> Iterator[list[bytes]]:
-        """New bytes of each row, block by block."""
-
-    def logprobs(self, prefix: Text = b"") -> NDArray[np.float64]:
-        """ln p of each of the 257 symbols after `prefix`: [257]."""
-        return self.logprobs_batch([prefix])[0]
-
-    def score(self, text: Text, context: Text = b"", window: int | None = None) -> Score:
-        """Log-probability of `text` after `context`."""
-        return self.score_batch([text], [context], window)[0]
-
-    def generate_batch(
-        self,
-        prompts: Sequence[Text],
-        max_bytes: int = 200,
-        *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        stop: Sequence[Text] = (),
-        seed: int = 0,
-    ) -> list[bytes]:
-        """Continuations of the prompts, without them; each ends with the end of the text, in front of a `stop` string,
-        or after `max_bytes`. Row i depends on its prompt, the seed and i only. Raises ConfigError for a bad option."""
-        out = [b""] * len(prompts)
-        if not prompts:
-            return out
-        for new in self._continue(*self._request(prompts, max_bytes, temperature, top_k, top_p, stop, seed), block=32):
-            out = [a + b for a, b in zip(out, new)]
-        return out
-
-    def generate(self, prompt: Text = b"", max_bytes: int = 200, **options) -> bytes:
-        """One continuation; options as in `generate_batch`."""
-        return self.generate_batch([prompt], max_bytes, **options)[0]
-
-    def stream(
-        self,
-        prompt: Text = b"",
-        max_bytes: int = 200,
-        *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        stop: Sequence[Text] = (),
-        seed: int = 0,
-    ) -> Iterator[bytes]:
-        """The bytes of `generate` as they come, in pieces that never end inside a UTF-8 character (the last may)."""
-        pending = b""
-        request = self._request([prompt], max_bytes, temperature, top_k, top_p, stop, seed)
-        for (new,) in self._continue(*request, block=8):
-            pending += new
-            whole = complete_prefix(pending)
-            if whole:
-                yield pending[:whole]
-            pending = pending[whole:]
-        if pending:
-            yield pending
-
-    def boundaries(self, text: Text) -> list[Boundaries]:
-        """Where a chunking model may cut a text and where it does, level by level, outermost first; no levels for a
-        model without chunks. The start of the document is not counted."""
-        return []
-
-    def chunks(self, text: Text) -> list[NDArray[np.int64]]:
-        """Byte offsets of chunk starts at every level; a model without chunks has no levels."""
-        return [level.starts for level in self.boundaries(text)]
-
-    @staticmethod
-    def _request(prompts, max_bytes, temperature, top_k, top_p, stop, seed):
-        if max_bytes < 0:
-            raise ConfigError(f"max_bytes={max_bytes}: must not be negative")
-        stops = tuple(encode(s) for s in ([stop] if isinstance(stop, (str, bytes)) else stop))
-        if b"" in stops:
-            raise ConfigError("stop: an empty string would stop everything")
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        return [encode(p) for p in prompts], max_bytes, sampling, seed, stops
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -155,15 +43,6 @@ def _levels(graph, params, inputs):
 def _forward_last(graph, params, symbols, inputs, lengths):
     logits = nnx.merge(graph, params)(inputs).logits
     return jax.numpy.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0, symbols]
-
-
-def log_softmax(logits: NDArray, possible: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
-    """ln softmax over the last axis, in float64 on the host; -inf for symbols that are not `possible`."""
-    logits = np.asarray(logits, np.float64)
-    if possible is not None:
-        logits = np.where(possible, logits, -np.inf)
-    top = logits.max(axis=-1, keepdims=True)
-    return logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
 
 
 class NetworkLM(ByteLM):
@@ -205,7 +84,8 @@ class NetworkLM(ByteLM):
             group, order = order[-count:], order[:-count]
             yield group, *pad_rows([rows[i] for i in group], bucket(len(group)), width)
 
-    def logprobs_batch(self, prefixes: Sequence[Text]) -> NDArray[np.float64]:
+    def logprobs_batch(self, prefixes: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> NDArray[np.float64]:
+        _no_inputs(inputs)
         rows = [visible_inputs(self._clean(p), self.ids, self.window) for p in prefixes]
         out = np.zeros((len(rows), len(self._symbols)))
         for group, inputs, lengths in self._batches(rows):
@@ -214,8 +94,14 @@ class NetworkLM(ByteLM):
         return out
 
     def score_batch(
-        self, texts: Sequence[Text], contexts: Sequence[Text] | None = None, window: int | None = None
+        self,
+        texts: Sequence[Text],
+        contexts: Sequence[Text] | None = None,
+        window: int | None = None,
+        *,
+        inputs: Sequence[Text] | None = None,
     ) -> list[Score]:
+        _no_inputs(inputs)
         if window is not None and window < 1:
             raise ConfigError(f"window={window}: must be at least 1")
         window = window or self.window
@@ -257,7 +143,8 @@ class NetworkLM(ByteLM):
             yield start, inputs, scored
             start += len(scored)
 
-    def _continue(self, prompts, max_bytes, sampling, seed, stop, block):
+    def _continue(self, prompts, inputs, max_bytes, sampling, seed, stop, block):
+        _no_inputs(inputs)
         return generate_bytes(
             self.graph, self.params, self.ids, [self._clean(p) for p in prompts], window=self.window,
             max_bytes=max_bytes, sampling=sampling, seed=seed, stop=stop, block=block, wait=self.wait,
@@ -271,6 +158,11 @@ class NetworkLM(ByteLM):
         return text_boundaries(levels_of, encode(text), self.ids, self.window)
 
 
+def _no_inputs(inputs: Sequence[Text] | None) -> None:
+    if inputs is not None:
+        raise ConfigError("this model only goes on with a text: it reads no input (input=, inputs=)")
+
+
 def load(
     path: str | Path,
     *,
@@ -279,13 +171,15 @@ def load(
     config: str | Path | None = None,
     reserved: str | None = None,
     wait: float = 0.0,
+    deletion: str | None = None,
 ) -> ByteLM:
     """Loads a model as a ByteLM: a run directory of `bytelm train`, one of its checkpoints, a weights directory of
-    `bytelm convert`, a folder with an H-Net checkpoint and its config.json, or a bare H-Net file with its `config`.
+    `bytelm convert`, a folder with an H-Net, ByT5 or MrT5 checkpoint and its config.json, or a bare file of
+    weights with its `config`.
 
     `checkpoint` is latest, best, or a step; `dtype` overrides the compute type (float32, bfloat16); `reserved` (None:
-    as the run was trained, else error) and `wait` as in `NetworkLM`. Raises CheckpointError when nothing readable is
-    there, ConfigError for what this version cannot load.
+    as the run was trained, else error) and `wait` as in `NetworkLM`; `deletion` as in `Seq2SeqLM`. Raises
+    CheckpointError when nothing readable is there, ConfigError for what this version cannot load.
     """
     path = Path(path)
     if not path.exists():
@@ -293,14 +187,22 @@ def load(
     if is_model(path):
         stored = open_model(path, Path(config) if config else None)
         network = _with_dtype(stored.config, dtype)
-        return NetworkLM(
-            network, jax.device_put(stored.read()), stored.context, reserved=reserved or "error", wait=wait
-        )
+        return _as_lm(network, jax.device_put(stored.read()), stored.context, reserved or "error", wait, deletion)
     if config is not None:
         raise ConfigError(f"{path} is a run with a config of its own; config goes with a bare file of weights")
     run, params = load_run(path, checkpoint)
     kept = reserved or run.data.reserved
-    return NetworkLM(_with_dtype(run.model, dtype), params, run.data.seq_len, reserved=kept, wait=wait)
+    return _as_lm(_with_dtype(run.model, dtype), params, run.data.seq_len, kept, wait, deletion)
+
+
+def _as_lm(
+    config: ModelConfig, params: Params, context: int, reserved: str, wait: float, deletion: str | None
+) -> ByteLM:
+    if isinstance(config, T5Config):
+        return Seq2SeqLM(config, params, context, deletion=deletion or "hard")
+    if deletion is not None:
+        raise ConfigError(f"deletion={deletion!r}: a {config.family} model deletes nothing")
+    return NetworkLM(config, params, context, reserved=reserved, wait=wait)
 
 
 def load_run(path: Path, checkpoint: str = "latest") -> tuple[Config, Params]:

@@ -261,7 +261,7 @@ class HNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DeletionConfig:
-    """How an encoder gets shorter behind its first blocks: MrT5's delete gate (Kallini et al. 2025) and its baselines."""
+    """How an encoder gets shorter behind its first blocks: MrT5's delete gate (Kallini et al. 2025), its baselines."""
 
     kind: Literal["none", "learned", "random", "fixed", "boundary", "convolution"] = (
         "none"  # what shortens, if anything

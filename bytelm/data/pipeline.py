@@ -6,7 +6,6 @@ do not depend on how many workers there are.
 """
 
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -22,75 +21,21 @@ from numpy.typing import NDArray
 
 from bytelm.config import ConfigError, DataConfig
 from bytelm.data.corpus import Corpus, PreparedCorpus, concatenate
-from bytelm.data.functional import count_pieces, document_piece, locate_piece
 from bytelm.data.jobs import exit_with
-from bytelm.data.prepared import is_prepared, mapped_table
+from bytelm.data.pieces import Pieces
+from bytelm.data.prepared import is_prepared
 from bytelm.data.readers import DataError
-from bytelm.data.sources import cache_folder, open_corpus, split_validation
-from bytelm.vocab import ByteIds, ReservedByteError
+from bytelm.data.seq2seq import Examples, make_row, target_length, training_examples
+from bytelm.data.sources import open_corpus, split_validation
+from bytelm.vocab import ByteIds
 
-# inputs, targets, segments (0 is padding), pieces (which piece of the text a position is of): each [b, t]
+# inputs, targets, segments (0 is padding), pieces (which piece of the text a position is of): each [b, t]; for
+# encoder-decoder models also source [b, s]
 Batch = dict[str, NDArray[np.int32]]
 
 
 class PipelineError(DataError):
     """The reading itself failed, most likely a worker process that died."""
-
-
-class Pieces:
-    """Random-access source of document pieces: item i is {"columns": int32 [n, 3]}: inputs, targets, `first` + i.
-
-    The third column stays with the positions through packing, so that a batch can say where it came from.
-    """
-
-    def __init__(self, corpus: Corpus, piece: int, ids: ByteIds, first: int = 0, cache_dir: str = ""):
-        self._arguments = (corpus, piece, ids, first, cache_dir)
-        self.corpus, self.piece, self.ids, self.first = corpus, piece, ids, first
-        self.ends = _piece_ends(corpus, piece, cache_dir)
-        if first + len(self) > np.iinfo(np.int32).max:
-            raise ConfigError(f"the training text makes over 2^31 pieces of {piece:,} bytes: raise data.piece_bytes")
-
-    def __reduce__(self):  # tables do not travel to worker processes
-        return Pieces, self._arguments
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def where(self, index: int) -> str:
-        """File and bytes of an item, for messages."""
-        document, start = locate_piece(self.ends, index, self.piece)
-        size = int(self.corpus.stop[document] - self.corpus.start[document])
-        name, offset = self.corpus.place(document)
-        return f"{name}[{offset + start}:{offset + min(start + self.piece, size)}]"
-
-    def __getitem__(self, index: int) -> dict[str, NDArray[np.int32]]:
-        document, start = locate_piece(self.ends, index, self.piece)
-        data = self.corpus.read(document, max(start - 1, 0), start + self.piece)
-        before = data[0] if start > 0 else None
-        last = start + self.piece > int(self.corpus.lengths[document])
-        body = data[1:] if start > 0 else data
-        try:
-            pair = document_piece(body, before, last, self.ids)
-        except ReservedByteError as e:
-            raise DataError(f"{self.where(index)}: {e} (data.reserved)") from None
-        return {"columns": np.column_stack([pair, np.full(len(pair), self.first + index, np.int32)])}
-
-
-def _piece_ends(corpus: Corpus, piece: int, cache_dir: str) -> NDArray[np.int64]:
-    """Where the pieces of each document end, numbered through. That of a prepared corpus is kept on disk."""
-    if not isinstance(corpus, PreparedCorpus):
-        return np.cumsum(count_pieces(corpus.lengths, piece))
-
-    def fill(table: NDArray[np.int64]) -> None:
-        before, some = 0, 1 << 20
-        for i in range(0, len(table), some):
-            table[i : i + some] = before + np.cumsum(
-                count_pieces(corpus.stop[i : i + some] - corpus.start[i : i + some], piece)
-            )
-            before = int(table[min(i + some, len(table)) - 1])
-
-    name = hashlib.sha256(f"{corpus.described['sha256']} {piece}".encode()).hexdigest()[:16]
-    return mapped_table(cache_folder(cache_dir) / "pieces" / f"{name}.npy", len(corpus), fill)
 
 
 def load_text(config: DataConfig) -> tuple[list[Corpus], Corpus]:
@@ -127,12 +72,23 @@ def cut(sources: list[Corpus], config: DataConfig, ids: ByteIds) -> list[Pieces]
     return pieces
 
 
-def records(pieces: list[Pieces], config: DataConfig, seed: int) -> grain.MapDataset:
-    """The endless, shuffled, mixed sequence of pieces. Weights count pieces, not bytes."""
+class _ToRow(grain.transforms.RandomMap):
+    """An item of a task as a row."""
 
-    def one(source: Pieces, index: int) -> grain.MapDataset:
+    def __init__(self, examples: Examples, config: DataConfig):
+        self.examples, self.config = examples, config
+
+    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, NDArray[np.int32]]:
+        return make_row(*self.examples.example(element, rng), self.config, element["piece"])
+
+
+def records(pieces: Sequence[Pieces | Examples], config: DataConfig, seed: int) -> grain.MapDataset:
+    """The endless, shuffled, mixed sequence of pieces, or of rows of a task. Weights count pieces, not bytes."""
+
+    def one(source: Pieces | Examples, index: int) -> grain.MapDataset:
         dataset = grain.MapDataset.source(source).seed(seed + index)
-        return (dataset.shuffle() if config.shuffle else dataset).repeat(None)
+        dataset = (dataset.shuffle() if config.shuffle else dataset).repeat(None)
+        return dataset if isinstance(source, Pieces) else dataset.random_map(_ToRow(source, config))
 
     datasets = [one(source, i) for i, source in enumerate(pieces)]
     if len(datasets) == 1:
@@ -141,9 +97,10 @@ def records(pieces: list[Pieces], config: DataConfig, seed: int) -> grain.MapDat
 
 
 class StreamRows(grain.IterDataset):
-    """Packed rows of some virtual streams, in turn; stream s reads records s, s + shards, s + 2 shards, ...
+    """Rows of some virtual streams, in turn; stream s reads records s, s + shards, s + 2 shards, ... and packs them,
+    where they are pieces of text.
 
-    Elements are {"columns": [t, 3], "segments": [t], "stream": s, "state": JSON of the stream after this row}.
+    Elements are {"row": what a batch has of it, "stream": s, "state": JSON of the stream after this row}.
     """
 
     def __init__(self, source: grain.MapDataset, config: DataConfig, streams: list[int], states: dict[int, Any]):
@@ -159,11 +116,11 @@ class StreamRows(grain.IterDataset):
             grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         )
         length = {"columns": self.config.seq_len}
-        if self.config.packing == "best_fit":
+        if self.config.task == "text" and self.config.packing == "best_fit":
             dataset = grain.experimental.BestFitPackIterDataset(
                 dataset, length_struct=length, num_packing_bins=self.config.packing_bins
             )
-        else:
+        elif self.config.task == "text":
             dataset = grain.experimental.ConcatThenSplitIterDataset(dataset, length_struct=length)
         iterator = iter(dataset)
         if self.states.get(stream) is not None:
@@ -194,12 +151,10 @@ class _StreamRowsIterator(grain.DatasetIterator):
         stream, iterator = self._iterators[self._turn]
         self._turn = (self._turn + 1) % len(self._iterators)
         row = next(iterator)
-        return {
-            "columns": row["columns"],
-            "segments": row["columns_segment_ids"],
-            "stream": stream,
-            "state": json.dumps(iterator.get_state()),
-        }
+        if "columns" in row:
+            columns = dict(zip(("inputs", "targets", "pieces"), row["columns"].T))
+            row = {**columns, "segments": row["columns_segment_ids"].astype(np.int32)}
+        return {"row": row, "stream": stream, "state": json.dumps(iterator.get_state())}
 
     def get_state(self) -> dict[str, Any]:
         return {"turn": self._turn, "streams": [iterator.get_state() for _, iterator in self._iterators]}
@@ -252,6 +207,8 @@ class Batches:
                 f"are {self._text}; its data position does not fit"
             )
         self._packing = [config.packing, config.seq_len, _piece(config), config.packing_bins, config.shuffle, seed]
+        if config.task != "text":
+            self._packing += [config.task, target_length(config), config.noise_density, config.mean_span]
         if state is not None and state["packing"] != self._packing:
             raise ConfigError(
                 "data.packing, seq_len, piece_bytes, packing_bins, shuffle or train.seed have changed since the "
@@ -260,7 +217,8 @@ class Batches:
             )
         saved = state["streams"] if state else [None] * shards
         self._states = {stream: saved[stream] for stream in mine}
-        self._pieces = cut(sources, config, ids)
+        text = config.task == "text"
+        self._pieces = cut(sources, config, ids) if text else training_examples(sources, config)
         self._rows = _start(StreamRows(records(self._pieces, config, seed), config, mine, dict(self._states)), config)
         self._count, self._workers = len(rows), config.workers
 
@@ -276,10 +234,7 @@ class Batches:
             raise PipelineError(f"the data pipeline failed (data.workers={self._workers}): {e}") from e
         for row in rows:
             self._states[int(row["stream"])] = row["state"]
-        columns = np.stack([row["columns"] for row in rows])
-        names = ("inputs", "targets", "pieces")
-        batch = {name: np.ascontiguousarray(columns[..., i]) for i, name in enumerate(names)}
-        return {**batch, "segments": np.stack([row["segments"] for row in rows]).astype(np.int32)}
+        return {name: np.stack([row["row"][name] for row in rows]) for name in rows[0]["row"]}
 
     def where(self, batch: Batch) -> list[str]:
         """The stretches of files that a batch was made of, as FILE[a:b], in order."""

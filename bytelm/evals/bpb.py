@@ -36,6 +36,10 @@ class BitsPerByte:
         """Bits per byte; nan when nothing was scored."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
+    def more(self) -> dict[str, float]:
+        """For the log, beside the bits per byte."""
+        return {}
+
 
 def first_bytes(corpus: Corpus, max_bytes: int = 0) -> Iterator[bytes]:
     """Documents of a corpus in order until `max_bytes` (0 = all); the last one is cut there."""

@@ -92,7 +92,7 @@ def open_model(path: Path, config_file: Path | None = None) -> StoredModel:
     kind = record.get("model_type", "unknown") if record else None
     raise CheckpointError(
         f"{path}: {NO_MODEL}" if kind is None else
-        f"{path}: this version of bytelm does not load {kind} models; it loads its own runs and weights, H-Net, ByT5 and MrT5"
+        f"{path}: this version of bytelm does not load {kind} models; it loads its own, H-Net, ByT5 and MrT5"
     )  # fmt: skip
 
 

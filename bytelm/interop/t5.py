@@ -1,7 +1,7 @@
 """ByT5's and MrT5's published weights and configs <-> ours (names and shapes of transformers' T5 and of jkallini/mrt5).
 
-Linear weights are [out, in] there. A head is its own matrix wherever the file has one, and outputs are scaled only where
-the config says so: neither follows from the other (transformers 5 writes tie_word_embeddings true beside a head).
+Linear weights are [out, in] there. A head is its own matrix wherever the file has one, and outputs are scaled only
+where the config says so: neither follows from the other (transformers 5 writes tie_word_embeddings true beside a head).
 """
 
 from collections.abc import Mapping
@@ -176,7 +176,8 @@ def _single_names(config: T5Config) -> list[tuple[tuple[str, ...], str, str]]:
         own = ("encoder", "boundary")
         names += [((*own, "norm", "scale"), block + "down_ln.weight", "same"),
                   ((*own, "hidden"), mlp + "0.weight", "turned"), ((*own, "hidden_bias"), mlp + "0.bias", "same"),
-                  ((*own, "out"), mlp + "2.weight", "turned"), ((*own, "out_bias"), mlp + "2.bias", "same")]  # fmt: skip
+                  ((*own, "out"), mlp + "2.weight", "turned"),
+                  ((*own, "out_bias"), mlp + "2.bias", "same")]  # fmt: skip
     elif d.kind == "convolution":
         conv, own = block + "downsampling_module.conv.", ("encoder", "pool")
         names += [((*own, "norm", "scale"), block + "down_ln.weight", "same"),

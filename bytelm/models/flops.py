@@ -6,9 +6,9 @@ number (`bytes_per_chunk`), not at the slots reserved for them. A training step 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from bytelm.config import FlatConfig, HNetConfig, ModelConfig, StackConfig, parse_layout
+from bytelm.config import FlatConfig, HNetConfig, StackConfig, T5Config, parse_layout
 from bytelm.vocab import NUM_SYMBOLS
 
 TRAIN_FACTOR = 3
@@ -40,7 +40,30 @@ def target_bytes_per_chunk(config: HNetConfig) -> tuple[float, ...]:
     return tuple(math.prod(config.targets[: level + 1]) for level in range(config.levels))
 
 
-def forward_flops(config: ModelConfig, t: int, bytes_per_chunk: Sequence[float] = ()) -> float:
+def t5_flops(config: T5Config, source: int, targets: int, kept: float) -> float:
+    """Forward FLOPs per byte of source of an encoder-decoder on rows of `source` and `targets` ids, when a share `kept`
+    of the source goes on behind the encoder's first blocks."""
+    d, inner, mlp = config.d_model, config.num_heads * config.head_dim, 6 * config.d_model * config.d_mlp
+    slots = kept * source
+    project, behind = 8 * d * inner, config.encoder_layers - config.first_layers
+    whole = config.first_layers * (project + mlp + 4 * inner * source)
+    left = kept * behind * (project + mlp + 4 * inner * slots)
+    cross = 4 * d * inner * kept * config.decoder_layers  # keys and values of the encoder's slots
+    own = project + 4 * inner * mean_keys(targets, 0) + 4 * d * inner + 4 * inner * slots + mlp
+    decoder = (config.decoder_layers * own + 2 * d * config.vocabulary) * targets / source
+    return whole + left + cross + decoder
+
+
+def trained_kept(config: T5Config, record: Mapping[str, float]) -> float:
+    """Share of the source behind the first blocks in a training step, given its metrics: soft and masked deletion keep
+    every slot."""
+    d = config.deletion
+    if d.kind in ("boundary", "convolution"):
+        return 1 - d.rate
+    return 1 - record.get("deletion/rate", d.rate) if d.gated and d.train == "compact" else 1.0
+
+
+def forward_flops(config: FlatConfig | HNetConfig, t: int, bytes_per_chunk: Sequence[float] = ()) -> float:
     """Forward FLOPs per byte of a model on rows of t bytes. `bytes_per_chunk`: bytes per chunk of each level of an
     H-Net (default: its targets)."""
     if isinstance(config, FlatConfig):

@@ -47,7 +47,7 @@ class BoundaryPredictor(nnx.Module):
 
 
 def draw_boundaries(logits: Float[Array, "b t"], key: Array | None) -> Float[Array, "b t"]:
-    """0 or 1 at each byte, with the gradient of the relaxed probability. Drawn with `key`; without, the likelier one."""
+    """0 or 1 at each byte, with the relaxed probability's gradient. Drawn with `key`; without, the likelier one."""
     noise = 0.0 if key is None else jax.random.logistic(key, logits.shape, logits.dtype)
     soft = jax.nn.sigmoid((logits + noise) / TEMPERATURE)
     return (soft > 0.5) + soft - jax.lax.stop_gradient(soft)
@@ -68,7 +68,7 @@ def pool_segments(
     The weight of a byte in its segment has the gradient of the number of boundaries in front of it, as in the relaxed
     membership matrix of the paper.
     """
-    b, t, d = h.shape
+    _, t, d = h.shape
     hard = jax.lax.stop_gradient(boundaries) > 0.5
     before = jnp.cumsum(boundaries, axis=1) - boundaries
     segment = jnp.cumsum(hard, axis=1) - hard

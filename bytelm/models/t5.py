@@ -10,7 +10,7 @@ bytes are kept and then choose the number of slots.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +177,7 @@ class T5Stack(nnx.Module):
         return PositionBias(self.bias.table[...], queries, keys, c.max_distance, not self.decoder).held()
 
     def run(self, r, first: int, end: int, how: Attending, body):
-        """Blocks first .. end - 1 over the residual `r`: body(block, r, how) -> (r, excess). Gives their mean excess."""
+        """Blocks first .. end - 1 over the residual `r`: body(block, r, how) -> (r, excess). Gives the mean excess."""
         if first == end:
             return r, jnp.zeros((), r.dtype)
         c = self.config
@@ -419,7 +419,7 @@ class T5(nnx.Module):
     ) -> tuple[Float[Array, "b v"], DecoderCache]:
         """Logits after each row's last input and the cache behind it; rows are right-padded, lengths at least 1."""
         c = self.config
-        b, t = inputs.shape
+        t = inputs.shape[1]
         r = self.embed(inputs).astype(wide(c.dtype))
         position = jnp.arange(t)[None]
         bias = self.decoder.position_bias(position, position)

@@ -7,6 +7,7 @@ whole row is ever held.
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ HELD_BIAS = 1 << 25  # numbers of a position bias that are computed once for all
 
 def distance_bucket(distance: Int[Array, "..."], buckets: int, max_distance: int, bidirectional: bool):
     """Bucket of key position - query position (Raffel et al. 2020): one each for short distances, then logarithmic ones
-    up to `max_distance`. Bidirectional: half of them for each side; else keys in front only, those behind in bucket 0."""
-    side: Int[Array, "..."] | int = 0
+    up to `max_distance`. Bidirectional: half of them for each side; else those in front; keys behind have bucket 0."""
+    side: Any = 0
     if bidirectional:
         buckets //= 2
         side = jnp.where(distance > 0, buckets, 0)
@@ -64,7 +65,7 @@ class PositionBias:
     bidirectional: bool = field(metadata=dict(static=True))
     whole: Float[Array, "#b h q s"] | None = None
 
-    def held(self) -> "PositionBias":
+    def held(self) -> PositionBias:
         """With the whole bias computed, where it is small enough to be kept for all blocks of a stack."""
         (rows, q), s = self.queries.shape, self.keys.shape[1]
         if rows * q * s * self.table.shape[1] > HELD_BIAS:
@@ -96,7 +97,7 @@ class Attending:
 
     one: bool = False  # softmax1 instead of softmax
     measure: bool = False  # also give the excess of the scores
-    dropout: Dropout = Dropout()  # of the weights
+    dropout: Dropout = field(default_factory=Dropout)  # of the weights
 
 
 SCORE_LIMIT = 5.0  # scores above it are what the regulariser asks to be smaller (Kallini et al. 2025, appendix D)

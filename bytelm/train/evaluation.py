@@ -1,17 +1,22 @@
 """What a run measures of its current weights: held-out bits per byte, and where they cut a text."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from bytelm.boundaries import Boundaries, first_rows, text_boundaries
-from bytelm.config import Config
+from bytelm.config import Config, T5Config
 from bytelm.data.corpus import Corpus
+from bytelm.data.seq2seq import heldout_rows
 from bytelm.evals.bpb import BitsPerByte, bits_per_byte, first_bytes, window_scorer
+from bytelm.evals.seq2seq import TargetScore, score_targets
 from bytelm.models.build import byte_ids
+from bytelm.models.t5_report import SCORED
 from bytelm.parallel.hosts import rows_here
-from bytelm.train.step import place_batch
+from bytelm.train.state import Setup
+from bytelm.train.step import make_eval_step, make_report_step, place_batch
 from bytelm.vocab import complete_prefix
 from bytelm.windows import DEFAULT_WINDOW
 
@@ -59,3 +64,43 @@ class Evaluation:
         batch = {"inputs": inputs[self._mine], "targets": targets[self._mine]}
         placed = place_batch(batch, self.mesh, self._mine, self.rows)
         return self.eval_step(params, placed["inputs"], placed["targets"])
+
+
+class TargetEvaluation:
+    """The same for an encoder-decoder: scores held-out examples, with hard deletion and with the gate's values."""
+
+    def __init__(self, config: Config, mesh: Mesh, report_step: Any, text: Corpus):
+        self.config, self.mesh, self.text = config, mesh, text
+        self.rows = config.eval.batch_size or config.data.batch_size
+        self._mine = rows_here(mesh, self.rows)
+        self._report = report_step
+
+    def bits_per_byte(self, params: Any, max_bytes: int) -> TargetScore | None:
+        """Bits per target id of the first examples of the held-out text; None when there are none."""
+
+        def score(mode: str) -> TargetScore | None:
+            def report(batch):
+                mine = {name: batch[name][self._mine] for name in SCORED}
+                return self._report(params, place_batch(mine, self.mesh, self._mine, self.rows), mode)
+
+            return score_targets(report, heldout_rows(self.text, self.config.data, max_bytes), self.rows)
+
+        assert isinstance(self.config.model, T5Config)
+        hard = score("masked_hard")
+        if hard is None or not self.config.model.deletion.gated:
+            return hard
+        soft = score("soft")
+        return hard if soft is None else replace(hard, soft_bpb=soft.bpb)
+
+    def watched_text(self) -> bytes:
+        return b""
+
+    def boundaries(self, params: Any, text: bytes) -> list[Boundaries]:
+        return []
+
+
+def make_evaluation(config: Config, mesh: Mesh, setup: Setup, text: Corpus) -> Evaluation | TargetEvaluation:
+    """What measures the weights of a run."""
+    if isinstance(config.model, T5Config):
+        return TargetEvaluation(config, mesh, make_report_step(config, setup), text)
+    return Evaluation(config, mesh, make_eval_step(config, setup), text)

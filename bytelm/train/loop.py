@@ -26,27 +26,29 @@ from bytelm.checkpoint import (
     stored_config,
 )
 from bytelm.codec import differences, dumps, to_dict
-from bytelm.config import Config, ConfigError, HostsConfig
+from bytelm.config import Config, ConfigError, HostsConfig, T5Config
 from bytelm.data.pipeline import Batches, join_states, load_text
 from bytelm.data.readers import DataError
+from bytelm.data.seq2seq import target_length
 from bytelm.data.sources import cache_folder
 from bytelm.devices import measured_matmul_rate
 from bytelm.evals.bpb import BitsPerByte
 from bytelm.evals.chunk_history import ChunkHistory
+from bytelm.evals.seq2seq import TargetScore
 from bytelm.metrics import MetricsLog, git_commit, plot_losses, versions
 from bytelm.models.build import byte_ids, count_parameters
-from bytelm.models.flops import TRAIN_FACTOR, forward_flops
+from bytelm.models.flops import TRAIN_FACTOR, forward_flops, t5_flops, trained_kept
 from bytelm.parallel import hosts
 from bytelm.parallel.mesh import check_rows, make_mesh
 from bytelm.train.capacity import Capacity, next_capacity, possible_capacity, time_to_choose
-from bytelm.train.evaluation import Evaluation
+from bytelm.train.evaluation import make_evaluation
 from bytelm.train.health import Diverged, Health, with_bits
 from bytelm.train.init import load_initial_params
 from bytelm.train.progress import Progress, amount, clock
 from bytelm.train.signals import stop_on_signal
 from bytelm.train.speed import Speed
 from bytelm.train.state import init_state, plan_state
-from bytelm.train.step import make_eval_step, make_train_step, place_batch
+from bytelm.train.step import make_train_step, place_batch
 
 __all__ = ["Diverged", "Interrupted", "Result", "train"]
 
@@ -61,7 +63,7 @@ class Result:
 
     run_dir: Path
     step: int
-    heldout: BitsPerByte | None
+    heldout: BitsPerByte | TargetScore | None
     best_bpb: float | None
     seconds: float  # training and evaluation of this process, compilation included
 
@@ -118,17 +120,17 @@ def train(config: Config) -> Result:
         log.write({"step": step, "event": "start", "seed": config.train.seed, "commit": commit,
                    "versions": versions(), "device": speed.device, "devices": mesh.size,
                    "processes": jax.process_count(), "parameters": count_parameters(setup.abstract["params"]),
-                   "train_flops_per_byte": TRAIN_FACTOR * forward_flops(config.model, config.data.seq_len),
+                   "train_flops_per_byte": TRAIN_FACTOR * forward_cost(config, {}),
                    "matmul_flops_per_second": speed.measured})  # fmt: skip
 
         train_step = make_train_step(config, setup)
-        evaluation = Evaluation(config, mesh, make_eval_step(config, setup), heldout_text)
+        evaluation = make_evaluation(config, mesh, setup, heldout_text)
         stop = stack.enter_context(stop_on_signal())
         profile = stack.enter_context(_profiler(config, run_dir))
         stack.enter_context(progress)
         watched = ChunkHistory(run_dir, step, evaluation.watched_text() if "chunks" in state else b"", writes=first)
 
-        def evaluate(max_bytes: int) -> BitsPerByte | None:
+        def evaluate(max_bytes: int) -> BitsPerByte | TargetScore | None:
             nonlocal best
             if watched.text and not hosts.gather(watched.has(step))[0]:
                 watched.add(step, evaluation.boundaries(state["params"], watched.text))
@@ -136,8 +138,9 @@ def train(config: Config) -> Result:
             if result is None:
                 return None
             log.write_once(
-                {"step": step, "bytes": health.seen, "heldout_bpb": result.bpb, "heldout_bytes": result.bytes}
-            )
+                {"step": step, "bytes": health.seen, "heldout_bpb": result.bpb, "heldout_bytes": result.bytes,
+                 **result.more()}
+            )  # fmt: skip
             progress.heldout(step, health.seen, result.bpb, result.bytes)
             if max_bytes == config.eval.max_bytes and result.bpb < (math.inf if best is None else best):
                 best = result.bpb
@@ -215,6 +218,10 @@ def train(config: Config) -> Result:
 
 def forward_cost(config: Config, record: dict[str, float]) -> float:
     """Useful forward FLOPs a byte of a step, with the chunks that occurred in it."""
+    if isinstance(config.model, T5Config):
+        return t5_flops(
+            config.model, config.data.seq_len, target_length(config.data), trained_kept(config.model, record)
+        )
     names = (f"level{level}/bytes_per_chunk" for level in itertools.count())
     spans = [record[name] for name in itertools.takewhile(record.__contains__, names)]
     return forward_flops(config.model, config.data.seq_len, spans)

@@ -9,13 +9,15 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bytelm.config import Config
+from bytelm.config import Config, T5Config
 from bytelm.models.build import init_params, structure
+from bytelm.models.deletion import first_control
 from bytelm.parallel.rules import state_shardings
 from bytelm.train.capacity import first_capacity
 from bytelm.train.optim import make_optimizer
 
-# {"params", "opt", "step", "skipped": {"in_row", "total"}}, and for models that chunk {"chunks": {"need", "capacity"}}
+# {"params", "opt", "step", "skipped": {"in_row", "total"}}, for models that chunk {"chunks": {"need", "capacity"}}, and
+# for a learned delete gate {"deletion": {"alpha", "p", "i"}}, its controller
 State = dict[str, Any]
 
 
@@ -47,6 +49,8 @@ def _init(config: Config, optimizer: optax.GradientTransformation) -> State:
     capacity = first_capacity(config.model, config.data.seq_len)
     if capacity:
         state["chunks"] = {"need": jnp.zeros(len(capacity), jnp.float32), "capacity": jnp.array(capacity, jnp.int32)}
+    if isinstance(config.model, T5Config) and config.model.deletion.kind == "learned":
+        state["deletion"] = first_control(config.model.deletion)
     return state
 
 

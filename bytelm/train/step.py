@@ -1,6 +1,7 @@
 """The jitted train and evaluation steps."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,11 +11,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from bytelm.config import Config
+from bytelm.config import Config, T5Config
 from bytelm.data.pipeline import Batch
 from bytelm.models.base import Level, Network
 from bytelm.models.build import Params, byte_ids
 from bytelm.models.chunk_metrics import row_need
+from bytelm.models.deletion import next_control
+from bytelm.models.t5 import Control, Mode
+from bytelm.models.t5_report import report_rows
 from bytelm.parallel.hosts import place_rows
 from bytelm.parallel.mesh import shard
 from bytelm.parallel.rules import path_string
@@ -23,7 +27,8 @@ from bytelm.train.losses import token_nll
 from bytelm.train.state import Setup, State
 
 SUMS = ("nll",)  # metrics that microbatches add up to; the others are averaged
-FED = ("inputs", "targets", "segments")  # what a network is given of a batch
+# What a network is given of a batch; the source is for encoder-decoders.
+FED = ("inputs", "targets", "segments", "source")
 DeviceBatch = dict[str, Array]  # FED, each [b, t]; and from several processes "wishes" [b, 2]: to stop, to save
 
 
@@ -31,9 +36,9 @@ def is_cast(path: str, dtype: str) -> bool:
     """Whether a parameter is used in the compute type: the projection matrices.
 
     The embedding table, convolutions, norms, biases and rates stay float32: their gradients are sums over all
-    positions, which bfloat16 cannot hold. So do H-Net's routers and residual projections, which compute in float32.
+    positions, which bfloat16 cannot hold. So do H-Net's routers and residual projections and the delete gate, which compute in float32.
     """
-    wide = any(part in path for part in ("conv", "router", "residual"))
+    wide = any(part in path for part in ("conv", "router", "residual", "delete_gate", "pool"))
     return dtype != "float32" and path.endswith("kernel") and not wide
 
 
@@ -52,9 +57,12 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
     """
     accum, end = config.train.grad_accum, byte_ids(config.model).end
 
-    def micro_loss(params, batch, total, capacity):
+    reads = isinstance(config.model, T5Config)
+
+    def micro_loss(params, batch, total, control, capacity):
         network: Network = nnx.merge(setup.graph, cast_matrices(params, config.model.dtype))
-        out = network(batch["inputs"], batch["segments"], capacity or None)
+        more = dict(source=batch["source"], control=control) if reads else {}
+        out = network(batch["inputs"], batch["segments"], capacity or None, **more)
         weights = batch["segments"] > 0
         nll = jnp.sum(jnp.where(weights, token_nll(out.logits, batch["targets"]), 0.0)) / total
         needs = jnp.array([row_need(level) for level in out.levels])
@@ -63,20 +71,28 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
     def step(state: State, batch: DeviceBatch, capacity: Capacity = ()) -> tuple[State, dict]:
         total = jnp.maximum(jnp.sum(batch["segments"] > 0), 1).astype(jnp.float32)
         gradient = jax.grad(partial(micro_loss, capacity=capacity), has_aux=True)
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
+        control = Control(_alpha(state), key) if reads else None
         if accum == 1:
-            grads, (metrics, needs) = gradient(state["params"], batch, total)
+            grads, (metrics, needs) = gradient(state["params"], batch, total, control)
         else:
             # Row i * accum + j goes to microbatch j, so that every device keeps its own rows.
-            micro = {k: shard(batch[k].reshape(-1, accum, batch[k].shape[-1]), "batch", None, None) for k in FED}
+            micro = {
+                k: shard(batch[k].reshape(-1, accum, batch[k].shape[-1]), "batch", None, None)
+                for k in FED
+                if k in batch
+            }
             micro = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), micro)
 
             def add(carry, one):
-                grads, (metrics, needs) = gradient(state["params"], one, total)
+                one, number = one
+                own = None if control is None else replace(control, key=jax.random.fold_in(control.key, number))
+                grads, (metrics, needs) = gradient(state["params"], one, total, own)
                 return jax.tree.map(jnp.add, carry, (grads, metrics)), needs
 
-            shapes = jax.eval_shape(gradient, state["params"], jax.tree.map(lambda v: v[0], micro), total)
+            shapes = jax.eval_shape(gradient, state["params"], jax.tree.map(lambda v: v[0], micro), total, control)
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1][0]))
-            (grads, metrics), needs = jax.lax.scan(add, zeros, micro)
+            (grads, metrics), needs = jax.lax.scan(add, zeros, (micro, jnp.arange(accum)))
             needs = needs.max(axis=0)
             metrics = {k: v if k in SUMS or k.endswith("/dropped") else v / accum for k, v in metrics.items()}
         updates, opt = setup.optimizer.update(grads, state["opt"], state["params"])
@@ -86,17 +102,35 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
         if "chunks" in state:
             chunks = state["chunks"]
             new["chunks"] = {"need": track_need(chunks["need"], needs), "capacity": chunks["capacity"]}
+        if "deletion" in state:
+            new["deletion"] = next_control(config.model.deletion, state["deletion"], metrics["deletion/rate"],
+                                           state["step"])  # fmt: skip
         finite = jnp.isfinite(metrics["nll"]) & jnp.isfinite(norm)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, {part: state[part] for part in new})
         bad = 1 - finite.astype(jnp.int32)
         in_row, in_all = bad * (state["skipped"]["in_row"] + 1), bad + state["skipped"]["total"]
         metrics |= {"grad_norm": norm, "targets": total, "skipped_in_row": in_row, "skipped": in_all}
-        metrics["read"] = jnp.sum((batch["segments"] > 0) & (batch["targets"] != end))  # bytes of text
+        text = (batch["segments"] > 0) & (batch["targets"] != end)
+        metrics["read"] = jnp.sum(batch["source"] > end if reads else text)  # bytes of text
         if "wishes" in batch:
             metrics["wishes"] = batch["wishes"].any(axis=0)
         return {**new, "step": state["step"] + 1, "skipped": {"in_row": in_row, "total": in_all}}, metrics
 
     return jax.jit(step, donate_argnums=0, static_argnums=2, out_shardings=(setup.shardings, setup.replicated))
+
+
+def _alpha(state: State) -> Array:
+    """Weight of the gate loss in the step to come."""
+    return state["deletion"]["alpha"] if "deletion" in state else jnp.zeros((), jnp.float32)
+
+
+def make_report_step(config: Config, setup: Setup) -> Callable[[Params, DeviceBatch, Mode], dict[str, Array]]:
+    """(params, batch, how a gate deletes) -> what `models/t5_report.py` says of each row."""
+
+    def report(params, batch, mode):
+        return report_rows(nnx.merge(setup.graph, cast_matrices(params, config.model.dtype)), batch, mode)
+
+    return jax.jit(report, static_argnums=2, out_shardings=setup.replicated)
 
 
 def make_eval_step(config: Config, setup: Setup) -> Callable[[Params, Array, Array], tuple[Array, tuple[Level, ...]]]:
