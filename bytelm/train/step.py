@@ -36,7 +36,8 @@ def is_cast(path: str, dtype: str) -> bool:
     """Whether a parameter is used in the compute type: the projection matrices.
 
     The embedding table, convolutions, norms, biases and rates stay float32: their gradients are sums over all
-    positions, which bfloat16 cannot hold. So do H-Net's routers and residual projections and the delete gate, which compute in float32.
+    positions, which bfloat16 cannot hold. So do H-Net's routers and residual projections and the delete gate, which
+    compute in float32.
     """
     wide = any(part in path for part in ("conv", "router", "residual", "delete_gate", "pool"))
     return dtype != "float32" and path.endswith("kernel") and not wide
