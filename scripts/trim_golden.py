@@ -1,6 +1,6 @@
-"""Copies H-Net parity cases into tests/golden, keeping of io.safetensors only what `bytelm parity` reads.
+"""Copies parity cases into tests/golden, keeping of io.safetensors only what `bytelm parity` reads.
 
-usage: python scripts/trim_golden.py FOLDER_OF_CASES
+usage: python scripts/trim_golden.py hnet|mrt5 FOLDER_OF_CASES
 """
 
 import re
@@ -11,18 +11,29 @@ from pathlib import Path
 from safetensors.numpy import load_file, save_file
 
 TARGET = Path(__file__).resolve().parent.parent / "tests" / "golden"
-KEEP = re.compile(r"input_ids|mask|logits|step\.logits|stage\d\.padded\..*|loss\..*|grad\..*")
+CASES = {
+    "hnet": ("one_stage", "two_stage", "window", "batch3_ragged"),
+    "mrt5": ("byt5_plain", "mrt5_soft_softmax1", "mrt5_hard_softmax1", "mrt5_softmax_both", "bp_mean_pool", "cp_conv_pool"),
+}
+KEEP = {
+    "hnet": re.compile(r"input_ids|mask|logits|step\.logits|stage\d\.padded\..*|loss\..*|grad\..*"),
+    "mrt5": re.compile(
+        r"input_ids|attention_mask|labels|loss.*|greedy.*|grad\..*|boundary_logits|.*hard_boundaries.*"
+        r"|((soft|hard|hard_thr)\.)?(logits|loss|total_loss|gate_loss|gate_values|keep_mask|positions|kept_per_row)"
+    ),
+}
 
 
-def main(source: Path) -> None:
-    for case in ("one_stage", "two_stage", "window", "batch3_ragged"):
-        folder = TARGET / f"hnet_{case}"
-        folder.mkdir(exist_ok=True)
+def main(family: str, source: Path) -> None:
+    for case in CASES[family]:
+        folder = TARGET / (f"hnet_{case}" if family == "hnet" else f"mrt5/{case}")
+        folder.mkdir(parents=True, exist_ok=True)
         io = load_file(source / case / "io.safetensors")
-        save_file({name: x for name, x in io.items() if KEEP.fullmatch(name)}, folder / "io.safetensors")
-        for name in ("config.json", "weights.safetensors"):
-            shutil.copyfile(source / case / name, folder / name)
+        save_file({name: x for name, x in io.items() if KEEP[family].fullmatch(name)}, folder / "io.safetensors")
+        for name in ("config.json", "weights.safetensors", "meta.json"):
+            if (source / case / name).exists():
+                shutil.copyfile(source / case / name, folder / name)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -24,13 +24,15 @@ ARROWS = {
     "checkpoint": {"parallel.hosts"},
     "evals": {"lm", "data", "generate", "metrics"},
     "generate": {"models"},
-    "lm": {"models", "interop", "generate", "checkpoint"},
+    "protocol": {"generate"},
+    "lm": {"models", "interop", "generate", "checkpoint", "protocol", "seq2seq_lm"},
+    "seq2seq_lm": {"models", "generate", "protocol", "beams"}, "beams": set(),
     "topology": set(), "plan_compile": {"topology", "parallel", "train"},
     "communication": {"parallel", "train.step"},
     "plan_pod": {"plan", "plan_compile", "topology", "communication", "devices", "models", "train.capacity"},
     "plan": {"models", "parallel", "devices", "train.state", "train.capacity"},
     "train": {"models", "nn", "data", "parallel", "checkpoint", "metrics", "devices", "interop", "generate",
-              "evals.bpb", "evals.chunk_history"},
+              "evals.bpb", "evals.chunk_history", "evals.seq2seq"},
 }  # fmt: skip
 
 

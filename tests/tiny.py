@@ -12,6 +12,7 @@ from bytelm.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    DeletionConfig,
     EvalConfig,
     FlatConfig,
     HNetConfig,
@@ -19,6 +20,7 @@ from bytelm.config import (
     OptimConfig,
     SSMConfig,
     StackConfig,
+    T5Config,
     TrainConfig,
 )  # fmt: skip
 from bytelm.models.build import init_params, structure
@@ -44,7 +46,7 @@ def flat(stack: StackConfig = HYBRID, **fields) -> FlatConfig:
     return FlatConfig(stack=stack, **fields)
 
 
-def network(config: FlatConfig | HNetConfig, seed: int = 0, scale: float = 5.0):
+def network(config: FlatConfig | HNetConfig | T5Config, seed: int = 0, scale: float = 5.0):
     """A network with larger weights than fresh ones and norms and biases off 1 and 0, so that every path matters."""
     graph, _ = structure(config)
     params = init_params(config, jax.random.key(seed))
@@ -83,3 +85,26 @@ def run_config(run_dir, *, steps: int = 6, **sections) -> Config:
     return dataclasses.replace(
         config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
     )
+
+
+def t5(kind: str = "learned", **fields) -> T5Config:
+    """A tiny encoder-decoder whose heads divide by 4, with something that shortens its encoder."""
+    deletion = DeletionConfig(kind=kind, layer=1, **fields.pop("deletion", {}))
+    shape = dict(d_model=32, num_heads=4, head_dim=6, d_mlp=48, encoder_layers=3, decoder_layers=2, softmax_one=True)
+    return T5Config(**{**shape, "deletion": deletion, **fields})
+
+
+def seq2seq_batch(b: int = 3, t: int = 20, s: int = 9, seed: int = 0) -> dict[str, jax.Array]:
+    """Random sources and targets of unequal length, padded."""
+    rng = np.random.default_rng(seed)
+    source, targets = (rng.integers(3, 259, (b, n)).astype(np.int32) for n in (t, s))
+    lengths = rng.integers(t // 2, t + 1, b), rng.integers(s // 2, s + 1, b)
+    lengths[0][0], lengths[1][0] = t, s
+    for i in range(b):
+        for ids, length in ((source, lengths[0][i]), (targets, lengths[1][i])):
+            ids[i, length - 1], ids[i, length:] = 1, 0
+    segments = (targets > 0).astype(np.int32)
+    inputs = np.roll(targets, 1, axis=1)
+    inputs[:, 0] = 0
+    arrays = {"source": source, "inputs": inputs * segments, "targets": targets, "segments": segments}
+    return jax.tree.map(jnp.asarray, arrays)

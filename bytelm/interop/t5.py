@@ -185,7 +185,7 @@ def _single_names(config: T5Config) -> list[tuple[tuple[str, ...], str, str]]:
     return names
 
 
-def _ours(x: NDArray, kind: str, config: T5Config) -> NDArray:
+def _ours(x: Any, kind: str, config: T5Config) -> Any:
     h, k = config.num_heads, config.head_dim
     return {
         "same": lambda: x, "turned": lambda: x.T, "row": lambda: x[0], "number": lambda: x[0],

@@ -155,7 +155,7 @@ class T5Block(nnx.Module):
         return self._feed_forward(r, how.dropout.fold(1)), excess
 
 
-def _part(how: Attending, n: int) -> Attending:
+def _part(how: Attending, n: Int[Array, ""] | int) -> Attending:
     return dataclasses.replace(how, dropout=how.dropout.fold(n))
 
 

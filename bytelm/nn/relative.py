@@ -7,7 +7,7 @@ whole row is ever held.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ class PositionBias:
     bidirectional: bool = field(metadata=dict(static=True))
     whole: Float[Array, "#b h q s"] | None = None
 
-    def held(self) -> Self:
+    def held(self) -> "PositionBias":
         """With the whole bias computed, where it is small enough to be kept for all blocks of a stack."""
         (rows, q), s = self.queries.shape, self.keys.shape[1]
         if rows * q * s * self.table.shape[1] > HELD_BIAS:
@@ -84,7 +84,7 @@ class PositionBias:
             return jax.lax.dynamic_slice_in_dim(self.whole, first, n, axis=2)
         return self.of(jax.lax.dynamic_slice_in_dim(self.queries, first, n, axis=1))
 
-    def padded(self, more: int) -> Self:
+    def padded(self, more: int) -> "PositionBias":
         """With `more` queries behind the last, whose bias is of no use."""
         queries = jnp.pad(self.queries, ((0, 0), (0, more)))
         whole = None if self.whole is None else jnp.pad(self.whole, ((0, 0), (0, 0), (0, more), (0, 0)))

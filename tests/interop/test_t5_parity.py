@@ -1,0 +1,56 @@
+"""`bytelm parity` on the reference's ByT5, MrT5 and pooling cases."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from bytelm.checkpoint import CheckpointError
+from bytelm.interop.parity import run_case
+
+CASES = {
+    "byt5_plain": {"max_rel_grad_error", "greedy_equal"},
+    "mrt5_soft_softmax1": {"max_rel_grad_error", "max_abs_gate_error", "positions_equal"},
+    "mrt5_hard_softmax1": {"max_abs_gate_error", "positions_equal", "greedy_equal"},
+    "mrt5_softmax_both": {"max_rel_grad_error", "max_abs_gate_error", "positions_equal"},
+    "bp_mean_pool": {"boundaries_equal", "max_abs_gate_error"},
+    "cp_conv_pool": set(),
+}
+ALWAYS = {"max_abs_logit_error", "loss_error", "max_abs_step_error"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_case(root, case):
+    record = run_case(root / "tests/golden/mrt5" / case)
+    assert record["ok"], record
+    assert all(record[key] is not None for key in CASES[case] | ALWAYS), record
+
+
+def test_a_case_that_differs_is_not_ok(root, tmp_path):
+    case = tmp_path / "case"
+    shutil.copytree(root / "tests/golden/mrt5/mrt5_hard_softmax1", case)
+    io = load_file(case / "io.safetensors")
+    io["hard.keep_mask"] = 1 - io["hard.keep_mask"]
+    save_file(io, case / "io.safetensors")
+    record = run_case(case)
+    assert not record["ok"]
+    assert record["positions_equal"] is False
+    assert record["max_abs_logit_error"] <= 2e-5
+
+
+def test_broken_cases_are_named(root, tmp_path):
+    case = tmp_path / "case"
+    shutil.copytree(root / "tests/golden/mrt5/byt5_plain", case)
+    weights = load_file(case / "weights.safetensors")
+    gone = weights.pop("decoder.block.1.layer.1.EncDecAttention.k.weight")
+    save_file(weights | {"extra": np.zeros(1, np.float32)}, case / "weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing decoder.block.1.layer.1.EncDecAttention.k.weight; unknown extra"):
+        run_case(case)
+    save_file(weights | {"decoder.block.1.layer.1.EncDecAttention.k.weight": gone.T}, case / "weights.safetensors")
+    with pytest.raises(CheckpointError, match="has shape"):
+        run_case(case)
+    (case / "config.json").write_text(json.dumps({"model_type": "t5", "d_kv": 12, "feed_forward_proj": "relu"}))
+    with pytest.raises(Exception, match="gated GELU"):
+        run_case(case)
