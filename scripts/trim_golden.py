@@ -13,7 +13,14 @@ from safetensors.numpy import load_file, save_file
 TARGET = Path(__file__).resolve().parent.parent / "tests" / "golden"
 CASES = {
     "hnet": ("one_stage", "two_stage", "window", "batch3_ragged"),
-    "mrt5": ("byt5_plain", "mrt5_soft_softmax1", "mrt5_hard_softmax1", "mrt5_softmax_both", "bp_mean_pool", "cp_conv_pool"),
+    "mrt5": (
+        "byt5_plain",
+        "mrt5_soft_softmax1",
+        "mrt5_hard_softmax1",
+        "mrt5_softmax_both",
+        "bp_mean_pool",
+        "cp_conv_pool",
+    ),
 }
 KEEP = {
     "hnet": re.compile(r"input_ids|mask|logits|step\.logits|stage\d\.padded\..*|loss\..*|grad\..*"),

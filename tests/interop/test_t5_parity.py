@@ -46,7 +46,9 @@ def test_broken_cases_are_named(root, tmp_path):
     weights = load_file(case / "weights.safetensors")
     gone = weights.pop("decoder.block.1.layer.1.EncDecAttention.k.weight")
     save_file(weights | {"extra": np.zeros(1, np.float32)}, case / "weights.safetensors")
-    with pytest.raises(CheckpointError, match=r"missing decoder.block.1.layer.1.EncDecAttention.k.weight; unknown extra"):
+    with pytest.raises(
+        CheckpointError, match=r"missing decoder.block.1.layer.1.EncDecAttention.k.weight; unknown extra"
+    ):
         run_case(case)
     save_file(weights | {"decoder.block.1.layer.1.EncDecAttention.k.weight": gone.T}, case / "weights.safetensors")
     with pytest.raises(CheckpointError, match="has shape"):

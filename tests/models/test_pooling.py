@@ -71,9 +71,9 @@ def test_drawn_boundaries_follow_their_probability_and_pass_gradients():
 
 def test_binomial_loss_is_the_formula():
     counts, lengths, prior = np.array([3.0, 9.0]), np.array([10.0, 20.0]), 0.4
-    wanted = np.mean([
-        -math.log(math.comb(int(n), int(k)) * prior**k * (1 - prior) ** (n - k)) / n for k, n in zip(counts, lengths)
-    ])
+    wanted = np.mean(
+        [-math.log(math.comb(int(n), int(k)) * prior**k * (1 - prior) ** (n - k)) / n for k, n in zip(counts, lengths)]
+    )
     assert float(binomial_nll(jnp.asarray(counts), jnp.asarray(lengths), prior)) == pytest.approx(wanted, rel=1e-5)
 
 

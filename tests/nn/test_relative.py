@@ -85,7 +85,9 @@ def test_blocks_change_neither_gradients_nor_the_excess_of_scores(monkeypatch):
     causal = Keys(place[:, None, :] <= place[:, :, None])
 
     def total(q, table):
-        y, excess = relative_attend(q, k, v, PositionBias(table, place, place, 20, False), causal, Attending(True, True))
+        y, excess = relative_attend(
+            q, k, v, PositionBias(table, place, place, 20, False), causal, Attending(True, True)
+        )
         return jnp.sum(jnp.sin(y)) + excess, excess
 
     (_, excess), whole = jax.value_and_grad(total, (0, 1), has_aux=True)(q, table)
