@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 
-from bytelm.config import Config, FlatConfig, StackConfig, parse_layout
+from bytelm.config import Config, FlatConfig, StackConfig, T5Config, parse_layout
+from bytelm.data.seq2seq import target_length
+from bytelm.models.flops import trained_kept
 from bytelm.parallel.mesh import to_spec
-from bytelm.parallel.rules import logical_axes, path_string
+from bytelm.parallel.rules import logical_axes, path_string, where_divided
 from bytelm.train.step import is_cast
 
 PURPOSES = {
@@ -34,7 +36,7 @@ def bytes_per_step(
     out = dict.fromkeys(PURPOSES, 0.0)
     for path, leaf in jax.tree.leaves_with_path(params):
         name = path_string(path)
-        spec = to_spec(logical_axes(name))
+        spec = to_spec(where_divided(logical_axes(name), leaf.shape, tensor))
         size = leaf.size * (width if is_cast(name, config.model.dtype) else 4)
         if "tensor" in spec:
             size /= tensor
@@ -57,6 +59,11 @@ def _tensor_sums(config: Config, slots: tuple[int, ...]) -> float:
     model = config.model
     if isinstance(model, FlatConfig):
         return _stack_sums(model.stack, config.data.seq_len)
+    if isinstance(model, T5Config):
+        t, targets = config.data.seq_len, target_length(config.data)
+        behind = model.encoder_layers - model.first_layers
+        encoder = 2 * (model.first_layers * t + behind * trained_kept(model, {}) * t)
+        return 2.0 * model.d_model * (encoder + 3 * model.decoder_layers * targets)
     total = 0.0
     for stage, elements in enumerate((config.data.seq_len, *slots)):
         parts = ("encoder", "decoder") if stage < model.levels else ("main",)

@@ -88,8 +88,8 @@ class NetworkLM(ByteLM):
         _no_inputs(inputs)
         rows = [visible_inputs(self._clean(p), self.ids, self.window) for p in prefixes]
         out = np.zeros((len(rows), len(self._symbols)))
-        for group, inputs, lengths in self._batches(rows):
-            logits = _forward_last(self.graph, self.params, self._symbols, inputs, lengths)
+        for group, padded, lengths in self._batches(rows):
+            logits = _forward_last(self.graph, self.params, self._symbols, padded, lengths)
             out[group] = log_softmax(np.asarray(logits)[: len(group)], self._possible)
         return out
 
@@ -116,8 +116,8 @@ class NetworkLM(ByteLM):
             for n, (context, text) in enumerate(zip(before, after))
             for start, x, y in self._text_windows(context, text, window)
         ]
-        for group, inputs, _ in self._batches([x for _, _, x, _ in rows]):
-            logits = np.asarray(_forward(self.graph, self.params, self._symbols, inputs))
+        for group, padded, _ in self._batches([x for _, _, x, _ in rows]):
+            logits = np.asarray(_forward(self.graph, self.params, self._symbols, padded))
             for line, row in zip(logits, group):
                 n, start, x, y = rows[row]
                 scored = log_softmax(line[len(x) - len(y) : len(x)], self._possible)

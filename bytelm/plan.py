@@ -2,19 +2,23 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from bytelm.config import Config, ConfigError, FlatConfig, StackConfig, parse_layout
+from bytelm.config import Config, ConfigError, FlatConfig, HNetConfig, StackConfig, T5Config, parse_layout
+from bytelm.data.seq2seq import target_length
 from bytelm.devices import CHIPS, Chip
 from bytelm.models.build import count_parameters, structure
-from bytelm.models.flops import TRAIN_FACTOR, forward_flops, target_bytes_per_chunk
+from bytelm.models.flops import TRAIN_FACTOR, forward_flops, t5_flops, target_bytes_per_chunk, trained_kept
 from bytelm.models.hnet_recipe import stage_of
+from bytelm.nn.relative import QUERY_BLOCK
 from bytelm.parallel.mesh import AXES, to_spec
-from bytelm.parallel.rules import logical_axes, path_string
+from bytelm.parallel.rules import logical_axes, path_string, where_divided
 from bytelm.train.capacity import first_capacity
+from bytelm.vocab import NUM_SYMBOLS
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def make_plan(config: Config, devices: int = 0, chip: str = "", bytes_per_chunk:
     if chip and chip not in CHIPS:
         raise ConfigError(f"--chip {chip}: choose one of {', '.join(CHIPS)}")
     model, t = config.model, config.data.seq_len
-    targets = () if isinstance(model, FlatConfig) else target_bytes_per_chunk(model)
+    targets = target_bytes_per_chunk(model) if isinstance(model, HNetConfig) else ()
     rising = all(1 <= a <= b < math.inf for a, b in zip((1.0, *bytes_per_chunk), bytes_per_chunk))
     if bytes_per_chunk and (len(bytes_per_chunk) != len(targets) or not rising):
         raise ConfigError(
@@ -66,7 +70,7 @@ def make_plan(config: Config, devices: int = 0, chip: str = "", bytes_per_chunk:
         part = _part(path_string(path))
         parts[part] = parts.get(part, 0) + leaf.size
     assert sum(parts.values()) == count_parameters(params)
-    forward = forward_flops(model, t, bytes_per_chunk)
+    forward = model_flops(config, bytes_per_chunk)
     return Plan(
         parameters=dict(sorted(parts.items(), key=lambda item: -item[1])),
         forward_flops_per_byte=forward,
@@ -77,8 +81,16 @@ def make_plan(config: Config, devices: int = 0, chip: str = "", bytes_per_chunk:
         chip=CHIPS.get(chip),
         bytes_per_chunk=bytes_per_chunk,
         slots=slots,
-        executed_flops_per_byte=TRAIN_FACTOR * forward_flops(model, t, [t / n for n in slots]),
+        executed_flops_per_byte=TRAIN_FACTOR * model_flops(config, [t / n for n in slots]),
     )
+
+
+def model_flops(config: Config, bytes_per_chunk: Sequence[float]) -> float:
+    """Forward FLOPs per byte of a training step (of the source, of an encoder-decoder)."""
+    model, t = config.model, config.data.seq_len
+    if isinstance(model, T5Config):
+        return t5_flops(model, t, target_length(config.data), trained_kept(model, {}))
+    return forward_flops(model, t, bytes_per_chunk)
 
 
 def _mesh_shape(config: Config, devices: int) -> dict[str, int]:
@@ -102,7 +114,9 @@ def _part(path: str) -> str:
     if path.startswith("backbone"):
         found = next((n for n in ("encoder", "decoder", "main", "router", "residual") if f"/{n}/" in path), "widening")
         return f"stage {stage_of(path)} {found}"
-    for name in ("embed", "head", "attention", "mamba", "mlp", "norm"):
+    if path.endswith("bias/table"):
+        return "position bias"
+    for name in ("delete_gate", "boundary", "pool", "embed", "head", "attention", "mamba", "mlp", "norm"):
         if name in path:
             return name
     return path.split("/")[0]
@@ -110,7 +124,7 @@ def _part(path: str) -> str:
 
 def _local_size(path: str, shape: tuple[int, ...], mesh: dict[str, int]) -> float:
     size = 1.0
-    for length, axis in zip(shape, to_spec(logical_axes(path))):
+    for length, axis in zip(shape, to_spec(where_divided(logical_axes(path), shape, mesh["tensor"]))):
         ways = mesh[axis] if isinstance(axis, str) else 1
         if length % ways:
             raise ConfigError(f"mesh.{axis}={ways} does not divide a dimension of {length} in {path}")
@@ -123,24 +137,28 @@ def _memory(config: Config, params: Any, mesh: dict[str, int], slots: tuple[int,
     local = sum(_local_size(path_string(p), leaf.shape, mesh) for p, leaf in jax.tree.leaves_with_path(params))
     rows = config.data.batch_size // (mesh["data"] * mesh["fsdp"] * config.train.grad_accum)
     width = 2 if config.model.dtype == "bfloat16" else 4
-    positions = rows * config.data.seq_len
+    positions, vocabulary = rows * config.data.seq_len, NUM_SYMBOLS
     gradients = 4 * local * (2 if config.train.grad_accum > 1 else 1)  # the sum and one microbatch's
     memory = {"weights": 4 * local, "optimizer": 8 * local, "gradients": gradients}
     if config.model.dtype == "bfloat16":
         memory["weights in bfloat16"] = 2 * local
     if isinstance(config.model, FlatConfig):
         activations = positions * _activation_bytes(config.model.stack, config.data.seq_len, width, mesh["tensor"])
+    elif isinstance(config.model, T5Config):
+        activations = rows * _t5_activation_bytes(config.model, config.data.seq_len, target_length(config.data), width,
+                                                  mesh["tensor"])  # fmt: skip
+        positions, vocabulary = rows * target_length(config.data), config.model.vocabulary
     else:
         activations = rows * _hnet_activation_bytes(config, slots, width, mesh["tensor"])
     memory["activations (estimate)"] = activations
-    memory["logits and their gradient"] = positions * 257 * 4 * 2
+    memory["logits and their gradient"] = positions * vocabulary * 4 * 2
     return memory
 
 
 def _hnet_activation_bytes(config: Config, slots: tuple[int, ...], width: int, tensor: int) -> float:
     """Bytes kept per row between forward and backward, all stages at their slots."""
     model = config.model
-    assert not isinstance(model, FlatConfig)
+    assert isinstance(model, HNetConfig)
     total = 0.0
     for s, elements in enumerate((config.data.seq_len, *slots)):
         inside = s < model.levels
@@ -149,6 +167,31 @@ def _hnet_activation_bytes(config: Config, slots: tuple[int, ...], width: int, t
         if inside:  # the router's query and key and their norms, residual, encoder output, smoothed and put back
             total += elements * model.d_model[s] * (4 * 7 + 2 * width)
     return total
+
+
+def _t5_activation_bytes(model: T5Config, t: int, targets: int, width: int, tensor: int) -> float:
+    """Bytes kept per row between forward and backward, encoder and decoder. Rows above two query blocks recompute their
+    scores block by block."""
+    d, heads, split = model.d_model, model.num_heads, tensor if model.num_heads % tensor == 0 else 1
+    inner, mlp = heads * model.head_dim / split, model.d_mlp / tensor
+
+    def block(queries: float, keys: tuple[float, ...]) -> tuple[float, float, float]:
+        """(residuals, matmul results, the rest) of a block with an attention over each of `keys`."""
+        residual, dots, rest = 4 * d * queries, width * (2 * mlp + d) * queries, (width * 2 * mlp + 4 * d) * queries
+        for k in keys:
+            dots += width * (2 * inner * queries + 2 * inner * k + d * queries)
+            scored = min(queries, QUERY_BLOCK) if queries > 2 * QUERY_BLOCK else queries
+            rest += width * d * queries + heads / split * scored * k * (4 + width)
+        return residual, dots, rest
+
+    kept = trained_kept(model, {}) * t
+    some = [(model.first_layers, block(t, (t,))), (model.encoder_layers - model.first_layers, block(kept, (kept,))),
+            (model.decoder_layers, block(targets, (targets, kept)))]  # fmt: skip
+    total = again = 0.0
+    for count, (residual, dots, rest) in some:
+        total += count * (residual + {"full": 0, "dots": dots, "none": dots + rest}[model.remat])
+        again = max(again, {"full": dots + rest, "dots": rest, "none": 0}[model.remat])
+    return total + again
 
 
 def _activation_bytes(stack: StackConfig, t: int, width: int, tensor: int) -> float:

@@ -100,7 +100,7 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
     from bytelm.parallel.mesh import check_rows, make_mesh, to_spec
     from bytelm.train.capacity import first_capacity
     from bytelm.train.state import plan_state
-    from bytelm.train.step import FED, make_train_step
+    from bytelm.train.step import fed_shapes, make_train_step
 
     config = from_dict(Config, request["config"])
     options = {"num_slices": request["slices"]} if request["slices"] > 1 else {}
@@ -112,12 +112,12 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
             setup = plan_state(config, mesh)
     except ConfigError as e:
         return {"refused": str(e)}
-    shape = (config.data.batch_size, config.data.seq_len)
-    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, to_spec(("batch", None))))
+    split = NamedSharding(mesh, to_spec(("batch", None)))
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split) for name, shape in fed_shapes(config).items()}
     began = time.monotonic()
     with jax.set_mesh(mesh):
         step: Any = make_train_step(config, setup)
-        traced = step.trace(setup.abstract, dict.fromkeys(FED, rows), first_capacity(config.model, config.data.seq_len))
+        traced = step.trace(setup.abstract, batch, first_capacity(config.model, config.data.seq_len))
         try:
             compiled = traced.lower(lowering_platforms=("tpu",)).compile()
         except jax.errors.JaxRuntimeError as e:

@@ -10,8 +10,8 @@ from bytelm.communication import PURPOSES, bytes_per_step
 from bytelm.config import Config, FlatConfig
 from bytelm.devices import CHIPS, Chip
 from bytelm.models.build import structure
-from bytelm.models.flops import TRAIN_FACTOR, forward_flops
-from bytelm.plan import Plan, engineering, make_plan
+from bytelm.models.flops import TRAIN_FACTOR
+from bytelm.plan import Plan, engineering, make_plan, model_flops
 from bytelm.plan_compile import compile_for
 from bytelm.topology import Topology
 from bytelm.train.capacity import next_capacity
@@ -61,7 +61,7 @@ def make_pod_plan(config: Config, topology: Topology, cache: Path, bytes_per_chu
     row = config.data.seq_len
     need = [SPREAD * row / n for n in plan.bytes_per_chunk]
     slots = next_capacity(config.model, row, plan.slots, need) if plan.slots else ()
-    executed = TRAIN_FACTOR * forward_flops(config.model, row, [row / n for n in slots])
+    executed = TRAIN_FACTOR * model_flops(config, [row / n for n in slots])
     communication = bytes_per_step(config, params, plan.mesh, slots, topology.slices)
     memory = {} if "out_of_memory" in compiled else _memory(plan, compiled, chip)
     seconds = _seconds(config, plan, executed, communication, topology, chip)

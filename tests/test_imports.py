@@ -28,9 +28,9 @@ ARROWS = {
     "lm": {"models", "interop", "generate", "checkpoint", "protocol", "seq2seq_lm"},
     "seq2seq_lm": {"models", "generate", "protocol", "beams"}, "beams": set(),
     "topology": set(), "plan_compile": {"topology", "parallel", "train"},
-    "communication": {"parallel", "train.step"},
+    "communication": {"parallel", "train.step", "models.flops", "data.seq2seq"},
     "plan_pod": {"plan", "plan_compile", "topology", "communication", "devices", "models", "train.capacity"},
-    "plan": {"models", "parallel", "devices", "train.state", "train.capacity"},
+    "plan": {"models", "nn", "parallel", "devices", "train.state", "train.capacity", "data.seq2seq"},
     "train": {"models", "nn", "data", "parallel", "checkpoint", "metrics", "devices", "interop", "generate",
               "evals.bpb", "evals.chunk_history", "evals.seq2seq"},
 }  # fmt: skip

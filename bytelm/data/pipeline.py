@@ -78,7 +78,7 @@ class _ToRow(grain.transforms.RandomMap):
     def __init__(self, examples: Examples, config: DataConfig):
         self.examples, self.config = examples, config
 
-    def random_map(self, element: dict[str, Any], rng: np.random.Generator) -> dict[str, NDArray[np.int32]]:
+    def random_map(self, element: Any, rng: np.random.Generator) -> Any:
         return make_row(*self.examples.example(element, rng), self.config, element["piece"])
 
 
@@ -206,7 +206,14 @@ class Batches:
                 f"the training text has changed since the checkpoint: documents, bytes, hashes were {state['text']}, "
                 f"are {self._text}; its data position does not fit"
             )
-        self._packing = [config.packing, config.seq_len, _piece(config), config.packing_bins, config.shuffle, seed]
+        self._packing: list[Any] = [
+            config.packing,
+            config.seq_len,
+            _piece(config),
+            config.packing_bins,
+            config.shuffle,
+            seed,
+        ]
         if config.task != "text":
             self._packing += [config.task, target_length(config), config.noise_density, config.mean_span]
         if state is not None and state["packing"] != self._packing:

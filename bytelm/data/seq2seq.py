@@ -6,14 +6,14 @@ is a random-access source of items, and a function from an item and a random gen
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bytelm.config import ConfigError, DataConfig
 from bytelm.data.corpus import Corpus
-from bytelm.data.diagnostics import DIAGNOSTICS, diagnostic_text, rewrite
+from bytelm.data.diagnostics import DIAGNOSTICS, Diagnostic, diagnostic_text, rewrite
 from bytelm.data.pieces import piece_ends
 from bytelm.data.readers import DataError
 from bytelm.data.spans import corrupt, noise_mask, span_lengths
@@ -95,7 +95,7 @@ class DiagnosticExamples(Examples):
     first = 0
 
     def __init__(self, config: DataConfig):
-        self.config = config
+        self.config, self.task = config, cast(Diagnostic, config.task)
 
     def __len__(self) -> int:
         return DRAWN
@@ -104,11 +104,11 @@ class DiagnosticExamples(Examples):
         return {"piece": index}
 
     def example(self, item: dict[str, Any], rng: np.random.Generator) -> tuple[Ids, Ids]:
-        text = diagnostic_text(self.config.task, self.config.seq_len - 1, rng)
-        return to_ids(text.encode()), to_ids(rewrite(text, self.config.task).encode())
+        text = diagnostic_text(self.task, self.config.seq_len - 1, rng)
+        return to_ids(text.encode()), to_ids(rewrite(text, self.task).encode())
 
     def where(self, index: int) -> str:
-        return f"example {index} of the task {self.config.task}"
+        return f"example {index} of the task {self.task}"
 
 
 class PairExamples(Examples):

@@ -5,7 +5,7 @@ where the config says so: neither follows from the other (transformers 5 writes 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,13 @@ from bytelm.config import ConfigError, DeletionConfig, T5Config
 from bytelm.models.build import Params
 
 Weights = Mapping[str, NDArray]
+Name = tuple[tuple[str, ...], str, str]  # our path, the name there, how the tensor is laid out there
 TRAINED_LENGTH = 1024  # bytes of input of the published models
-GATES = {"scaled_sigmoid": "learned", "random": "random", "fixed": "fixed"}
+GATES: dict[str, Literal["learned", "random", "fixed"]] = {
+    "scaled_sigmoid": "learned",
+    "random": "random",
+    "fixed": "fixed",
+}
 # The same tensor under other names, and what some old files hold beside the model.
 _ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
@@ -129,17 +134,17 @@ def reference_config(config: T5Config) -> dict[str, Any]:
     return record
 
 
-def _attention_names(config: T5Config, prefix: str) -> list[tuple[tuple[str, ...], str, str]]:
+def _attention_names(config: T5Config, prefix: str) -> list[Name]:
     return [
         ((x, "kernel"), f"{prefix}.{name}.weight", kind)
         for x, name, kind in (("q", "q", "heads"), ("k", "k", "heads"), ("v", "v", "heads"), ("out", "o", "out"))
     ]
 
 
-def _block_names(config: T5Config, side: str) -> list[tuple[tuple[str, ...], str, str]]:
+def _block_names(config: T5Config, side: str) -> list[Name]:
     """(our path in a block, name behind `SIDE.block.N.`, how the tensor is laid out there)."""
     decoder = side == "decoder"
-    names = [(("attention_norm", "scale"), "layer.0.layer_norm.weight", "same")]
+    names: list[Name] = [(("attention_norm", "scale"), "layer.0.layer_norm.weight", "same")]
     names += [(("attention", *path), n, k) for path, n, k in _attention_names(config, "layer.0.SelfAttention")]
     if decoder:
         names.append((("cross_norm", "scale"), "layer.1.layer_norm.weight", "same"))
@@ -154,10 +159,10 @@ def _block_names(config: T5Config, side: str) -> list[tuple[tuple[str, ...], str
     return names
 
 
-def _single_names(config: T5Config) -> list[tuple[tuple[str, ...], str, str]]:
+def _single_names(config: T5Config) -> list[Name]:
     """The same for tensors outside the blocks."""
     d = config.deletion
-    names = [(("embed", "table"), "shared.weight", "same")]
+    names: list[Name] = [(("embed", "table"), "shared.weight", "same")]
     for side in ("encoder", "decoder"):
         bias = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         names += [((side, "bias", "table"), bias, "same"),

@@ -45,6 +45,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(encoder|decoder)/bias/table", (None, None)),
     (r"(delete_gate|boundary|pool)/norm/scale", (None,)),
     (r"delete_gate/kernel", (None,)),
+    (r"delete_gate/bias", ()),
     (r"boundary/hidden", ("embed", "mlp")),
     (r"boundary/hidden_bias", ("mlp",)),
     (r"boundary/out", ("mlp", None)),
@@ -68,6 +69,11 @@ def logical_axes(path: str, rules: tuple = RULES) -> tuple[str | None, ...]:
     return rows[0][1]
 
 
+def where_divided(axes: tuple[str | None, ...], shape: tuple[int, ...], tensor: int) -> tuple[str | None, ...]:
+    """Logical axes of an array, without `some_heads` where the tensor axis does not divide them."""
+    return tuple(None if axis == "some_heads" and size % tensor else axis for size, axis in zip(shape, axes))
+
+
 def state_shardings(mesh: Mesh, abstract: Any, rules: tuple = RULES) -> Any:
     """NamedShardings for a train state (parameters, optimizer moments, counters) given by its shapes.
 
@@ -81,8 +87,7 @@ def state_shardings(mesh: Mesh, abstract: Any, rules: tuple = RULES) -> Any:
         axes = logical_axes(name, rules)
         if len(axes) != leaf.ndim:
             raise ValueError(f"parameter {name!r} has shape {leaf.shape}, the sharding table gives it axes {axes}")
-        axes = tuple(None if axis == "some_heads" and size % mesh.shape["tensor"] else axis
-                     for size, axis in zip(leaf.shape, axes))  # fmt: skip
+        axes = where_divided(axes, leaf.shape, mesh.shape["tensor"])
         spec = to_spec(axes)
         for size, mesh_axis, axis in zip(leaf.shape, spec, axes):
             ways = mesh.shape[mesh_axis] if isinstance(mesh_axis, str) else 1

@@ -100,8 +100,11 @@ def train(config: Config) -> Result:
         else:
             state, data_state, meta = init_state(config, setup), None, {}
             if config.train.init_from:
-                state["params"] = load_initial_params(config.train.init_from, setup.abstract["params"])
-                progress.note(f"weights from {config.train.init_from}")
+                state["params"], fresh = load_initial_params(
+                    config.train.init_from, setup.abstract["params"], state["params"]
+                )
+                new = f"; new: {', '.join(fresh)}" if fresh else ""
+                progress.note(f"weights from {config.train.init_from}{new}")
         step, best = int(state["step"]), meta.get("best_bpb")
         if meta.get("best_over") != _best_over(config):  # evaluations of other text or size do not compare
             best = None
@@ -141,7 +144,7 @@ def train(config: Config) -> Result:
                 {"step": step, "bytes": health.seen, "heldout_bpb": result.bpb, "heldout_bytes": result.bytes,
                  **result.more()}
             )  # fmt: skip
-            progress.heldout(step, health.seen, result.bpb, result.bytes)
+            progress.heldout(step, health.seen, result)
             if max_bytes == config.eval.max_bytes and result.bpb < (math.inf if best is None else best):
                 best = result.bpb
                 checkpoints.save_best(step, state["params"], make_meta(config, step, bytes=health.seen, best_bpb=best))

@@ -85,8 +85,18 @@ class Progress:
             self._last_print = time.monotonic()
             self.note(line)
 
-    def heldout(self, step: int, seen: int, bpb: float, scored: int) -> None:
-        """A held-out measurement over `scored` bytes."""
-        self._heldout = bpb
+    def heldout(self, step: int, seen: int, result: Any) -> None:
+        """A held-out measurement: its `bpb`, `bytes`, and what there is `more`."""
+        self._heldout = result.bpb
         done = f"step {step:>{len(str(self.steps))}}/{self.steps} · {amount(seen):>8} seen"
-        self.note(f"{done} · held-out {bpb:.4f} bits/byte over {amount(scored)}")
+        self.note(f"{done} · held-out {result.bpb:.4f} bits/byte over {amount(result.bytes)}{_targets(result.more())}")
+
+
+def _targets(more: dict[str, float]) -> str:
+    """What a held-out measurement of an encoder-decoder says besides."""
+    if "heldout_sequence_accuracy" not in more:
+        return ""
+    soft = f" · soft {more['heldout_soft_bpb']:.4f}" if "heldout_soft_bpb" in more else ""
+    return (
+        f" · whole targets right {more['heldout_sequence_accuracy']:.1%} · deleted {more['heldout_deleted']:.1%}{soft}"
+    )

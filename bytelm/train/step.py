@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from bytelm.config import Config, T5Config
 from bytelm.data.pipeline import Batch
+from bytelm.data.seq2seq import target_length
 from bytelm.models.base import Level, Network
 from bytelm.models.build import Params, byte_ids
 from bytelm.models.chunk_metrics import row_need
@@ -30,6 +31,14 @@ SUMS = ("nll",)  # metrics that microbatches add up to; the others are averaged
 # What a network is given of a batch; the source is for encoder-decoders.
 FED = ("inputs", "targets", "segments", "source")
 DeviceBatch = dict[str, Array]  # FED, each [b, t]; and from several processes "wishes" [b, 2]: to stop, to save
+
+
+def fed_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """Shape of each array that a step is given."""
+    rows, t = config.data.batch_size, config.data.seq_len
+    if not isinstance(config.model, T5Config):
+        return dict.fromkeys(FED[:3], (rows, t))
+    return dict.fromkeys(FED[:3], (rows, target_length(config.data))) | {"source": (rows, t)}
 
 
 def is_cast(path: str, dtype: str) -> bool:
@@ -103,7 +112,7 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
         if "chunks" in state:
             chunks = state["chunks"]
             new["chunks"] = {"need": track_need(chunks["need"], needs), "capacity": chunks["capacity"]}
-        if "deletion" in state:
+        if isinstance(config.model, T5Config) and "deletion" in state:
             new["deletion"] = next_control(config.model.deletion, state["deletion"], metrics["deletion/rate"],
                                            state["step"])  # fmt: skip
         finite = jnp.isfinite(metrics["nll"]) & jnp.isfinite(norm)

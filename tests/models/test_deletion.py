@@ -1,5 +1,6 @@
 """The delete gate, its baselines, and the controller."""
 
+import itertools
 import json
 
 import jax
@@ -64,7 +65,7 @@ def test_fixed_gate_keeps_the_ceiling_of_each_segment(rate):
     ids = np.frombuffer(text, np.uint8).astype(np.int32) + 3
     gate = np.asarray(fixed_gate(jnp.asarray(ids[None]), rate, -30.0))[0]
     cuts = [0, *(i for i, c in enumerate(text) if not chr(c).isalnum()), len(text)]
-    for begin, end in zip(cuts, cuts[1:]):
+    for begin, end in itertools.pairwise(cuts):
         keep = int(np.ceil(round((1 - rate) * (end - begin), 6)))
         assert (gate[begin:end] == 0).sum() == keep
         assert (gate[begin : begin + keep] == 0).all()

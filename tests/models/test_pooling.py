@@ -30,7 +30,7 @@ def test_segments_are_means_and_what_stands_behind_is_dropped():
 
 
 def test_boundaries_get_the_gradient_of_the_membership_matrix():
-    """As if slot s held byte t with weight 1 + (boundaries in front of t) - s where that is 1, by finite differences."""
+    """As if slot s held byte t with weight 1 + (boundaries in front of t) - s where that is 1; finite differences."""
     rng = np.random.default_rng(1)
     h, cuts = rng.standard_normal((1, 6, 2)), np.array([[0.0, 1, 0, 1, 0, 1]])
     out = rng.standard_normal((1, 3, 2))

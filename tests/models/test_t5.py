@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import network, seq2seq_batch, t5
 
 from bytelm.config import ConfigError, T5Config
 from bytelm.models.build import init_params, structure
 from bytelm.models.t5 import Control
+from tiny import network, seq2seq_batch, t5
 
 KINDS = ("none", "learned", "random", "fixed", "boundary", "convolution")
 
@@ -35,7 +35,7 @@ def encoded(graph, params, source, mode, slots=None, visible=True):
 
 @pytest.mark.parametrize("kind", ["learned", "random", "fixed"])
 def test_compact_equals_masked_hard_at_every_capacity_that_holds_the_longest_row(kind):
-    config, graph, params = built(kind)
+    _, graph, params = built(kind)
     batch = seq2seq_batch(b=4, t=24)
     seen, masked = encoded(graph, params, batch["source"], "masked_hard")
     longest = int(np.asarray(seen.keep).sum(axis=1).max())
@@ -57,7 +57,7 @@ def test_compact_equals_masked_hard_at_every_capacity_that_holds_the_longest_row
 
 @pytest.mark.parametrize("mode", ["masked_hard", "compact"])
 def test_padding_changes_nothing(mode):
-    config, graph, params = built()
+    _, graph, params = built()
     batch = seq2seq_batch()
     source = batch["source"]
     length = int((source[1] > 0).sum())
@@ -70,7 +70,7 @@ def test_padding_changes_nothing(mode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_equal_the_whole_decoder(kind):
-    config, graph, params = built(kind, deletion={"rate": 0.5})
+    _, graph, params = built(kind, deletion={"rate": 0.5})
     batch = seq2seq_batch()
     _, kept = encoded(graph, params, batch["source"], "compact")
     inputs, t = jnp.asarray(batch["inputs"]), 9
@@ -95,7 +95,7 @@ def test_steps_equal_the_whole_decoder(kind):
 
 
 def test_the_decoder_is_causal_and_reads_the_source():
-    config, graph, params = built()
+    _, graph, params = built()
     batch = seq2seq_batch()
     net = nnx.merge(graph, params)
     run = jax.jit(lambda inputs, source: net(inputs, source=source).logits)
@@ -193,7 +193,7 @@ def test_remat_and_loops_change_nothing():
 
 
 def test_bfloat16_computes_the_gate_in_float32():
-    config, graph, params = built()
+    config, _, params = built()
     batch = seq2seq_batch()
     half = dataclasses.replace(config, dtype="bfloat16")
     seen, kept = encoded(structure(half)[0], params, batch["source"], "compact")
