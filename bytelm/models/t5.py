@@ -8,7 +8,6 @@ bytes are kept and then choose the number of slots.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,10 +38,9 @@ from bytelm.models.pooling import (
     pool_segments,
 )
 from bytelm.nn.compaction import compact, slot_positions
-from bytelm.nn.layers import Dropout, Embedding, GatedGELU, Linear, RMSNorm, wide
-from bytelm.nn.relative import Attending, Keys, PositionBias, RelativeAttention
-from bytelm.nn.stack import REMAT_POLICIES
-from bytelm.parallel.mesh import shard
+from bytelm.nn.layers import Dropout, Embedding, Linear, wide
+from bytelm.nn.relative import Attending, Keys
+from bytelm.nn.t5_stack import T5Stack
 from bytelm.vocab import T5_IDS
 
 Mode = Literal["none", "soft", "masked_hard", "compact"]
@@ -95,115 +93,6 @@ class Control:
 
     alpha: Float[Array, ""]
     key: Array
-
-
-def _stds(config: T5Config, layers: int) -> dict[str, float]:
-    """Standard deviations of the initial weights of a stack (MrT5's own, which shrink with the number of layers)."""
-    f = 1 / math.sqrt(layers)
-    inner = config.num_heads * config.head_dim
-    return {
-        "norm": f,
-        "in": f / math.sqrt(config.d_model),
-        "out": f / math.sqrt(inner),
-        "mlp": f / math.sqrt(config.d_mlp),
-    }
-
-
-class T5Block(nnx.Module):
-    """Self-attention, in a decoder attention to the encoder, and an MLP, each behind its norm."""
-
-    def __init__(self, config: T5Config, std: dict[str, float], *, decoder: bool, rngs: nnx.Rngs):
-        d = config.d_model
-
-        def norm() -> RMSNorm:
-            made = RMSNorm((d,), eps=config.norm_eps, dtype=config.dtype)
-            made.scale[...] = jnp.full(d, std["norm"], jnp.float32)
-            return made
-
-        def attention() -> RelativeAttention:
-            stds = (std["in"], std["in"], std["out"])
-            return RelativeAttention(d, config.num_heads, config.head_dim, std=stds, dtype=config.dtype, rngs=rngs)
-
-        self.attention_norm, self.attention = norm(), attention()
-        if decoder:
-            self.cross_norm, self.cross_attention = norm(), attention()
-        self.mlp_norm = norm()
-        self.mlp = GatedGELU(d, config.d_mlp, std=std["in"], out_std=std["mlp"], dtype=config.dtype, rngs=rngs)
-
-    def _attend(self, r, bias, keys: Keys, how: Attending):
-        x = self.attention_norm(r)
-        y, excess = self.attention(x, *self.attention.project_keys(x), bias, keys, how)
-        return r + how.dropout(y, 1).astype(r.dtype), excess
-
-    def _cross(self, r, k, v, keys: Keys, how: Attending):
-        y, excess = self.cross_attention(self.cross_norm(r), k, v, None, keys, how)
-        return r + how.dropout(y, 1).astype(r.dtype), excess
-
-    def _feed_forward(self, r, dropout: Dropout):
-        return shard(r + dropout(self.mlp(self.mlp_norm(r), dropout), 1).astype(r.dtype), "batch", None, None)
-
-    def encode(self, r, bias, keys: Keys, how: Attending):
-        """(residual, excess of the scores)."""
-        r, excess = self._attend(r, bias, keys, _part(how, 0))
-        return self._feed_forward(r, how.dropout.fold(1)), excess
-
-    def decode(self, r, bias, keys: Keys, encoded: Encoded, how: Attending):
-        """(residual, excess of the scores of the attention to the encoder)."""
-        r, _ = self._attend(r, bias, keys, dataclasses.replace(_part(how, 0), measure=False))
-        k, v = self.cross_attention.project_keys(encoded.states)
-        r, excess = self._cross(r, k, v, encoded.keys(), _part(how, 2))
-        return self._feed_forward(r, how.dropout.fold(1)), excess
-
-
-def _part(how: Attending, n: Int[Array, ""] | int) -> Attending:
-    return dataclasses.replace(how, dropout=how.dropout.fold(n))
-
-
-class T5Stack(nnx.Module):
-    """The blocks of one side, their position table and the closing norm. Weights of blocks are stacked [l, ...]."""
-
-    def __init__(self, config: T5Config, *, decoder: bool, rngs: nnx.Rngs):
-        self.config, self.decoder = config, decoder
-        layers = config.decoder_layers if decoder else config.encoder_layers
-        std = _stds(config, layers)
-        self.bias = Embedding(config.buckets, config.num_heads, std=std["in"], dtype="float32", rngs=rngs)
-        self.norm = RMSNorm((config.d_model,), eps=config.norm_eps, dtype=config.dtype)
-        self.norm.scale[...] = jnp.full(config.d_model, std["norm"], jnp.float32)
-        make = lambda key: T5Block(config, std, decoder=decoder, rngs=nnx.Rngs(params=key))  # noqa: E731
-        self.blocks = jax.vmap(make)(jax.random.split(rngs.params(), layers))
-
-    def position_bias(self, queries: Int[Array, "#b q"], keys: Int[Array, "#b s"]) -> PositionBias:
-        c = self.config
-        return PositionBias(self.bias.table[...], queries, keys, c.max_distance, not self.decoder).held()
-
-    def run(self, r, first: int, end: int, how: Attending, body, *, training: bool):
-        """Blocks first .. end - 1 over the residual `r`: body(block, r, how) -> (r, excess). Gives the mean excess.
-
-        Each block's weights are looked up in the loop, which saves a copy of all of them (15 % of the time on CPU); in
-        training they are handed to it, since the gradient of a look-up is as large as all blocks, for each block.
-        """
-        if first == end:
-            return r, jnp.zeros((), r.dtype)
-        c, numbers = self.config, jnp.arange(first, end)
-
-        def looked_up(r, number):
-            block = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, number, keepdims=False), self.blocks)
-            return body(block, r, _part(how, number))
-
-        if not training:
-            r, excess = jax.lax.scan(looked_up, r, numbers, unroll=1 if c.scan_layers else True)
-            return r, excess.mean()
-
-        def layer(r, block):
-            block, number = block
-            return body(block, r, _part(how, number))
-
-        looped = c.scan_layers and end - first > 1
-        if c.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=not looped)
-        some = jax.tree.map(lambda p: p[first:end], self.blocks)
-        r, excess = jax.lax.scan(layer, r, (some, numbers), unroll=1 if c.scan_layers else True)
-        return r, excess.mean()
 
 
 class Encoder(T5Stack):
@@ -382,7 +271,7 @@ class T5(nnx.Module):
         position = jnp.arange(t)[None]
         bias = self.decoder.position_bias(position, position)
         keys = Keys(position[:, None, :] <= position[:, :, None])
-        body = lambda block, r, how: block.decode(r, bias, keys, encoded, how)  # noqa: E731
+        body = lambda block, r, how: block.decode(r, bias, keys, encoded.states, encoded.keys(), how)  # noqa: E731
         r, excess = self.decoder.run(r, 0, self.config.decoder_layers, how, body, training=key is not None)
         return self._logits(how.dropout(self.decoder.norm(r), 6)), excess
 
@@ -445,9 +334,9 @@ class T5(nnx.Module):
             k, v = block.attention.project_keys(x)
             y, _ = block.attention(x, k, v, bias, keys, how)
             sk, sv = block.cross_attention.project_keys(encoded.states)
-            r, _ = block._cross(r + y.astype(r.dtype), sk, sv, encoded.keys(), how)
+            r, _ = block.cross(r + y.astype(r.dtype), sk, sv, encoded.keys(), how)
             room = lambda z: jnp.pad(z, ((0, 0), (0, max_length - t), (0, 0), (0, 0)))  # noqa: E731
-            return block._feed_forward(r, Dropout()), (room(k), room(v), sk, sv)
+            return block.feed_forward(r, Dropout()), (room(k), room(v), sk, sv)
 
         r, (k, v, source_k, source_v) = jax.lax.scan(layer, r, self.decoder.blocks)
         y = jnp.take_along_axis(self.decoder.norm(r), (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -469,8 +358,8 @@ class T5(nnx.Module):
             k = k.at[rows, cache.lengths].set(new_k[:, 0], mode="drop")
             v = v.at[rows, cache.lengths].set(new_v[:, 0], mode="drop")
             y, _ = block.attention(x, k, v, bias, keys, how)
-            r, _ = block._cross(r + y.astype(r.dtype), sk, sv, cache.source, how)
-            return block._feed_forward(r, Dropout()), (k, v)
+            r, _ = block.cross(r + y.astype(r.dtype), sk, sv, cache.source, how)
+            return block.feed_forward(r, Dropout()), (k, v)
 
         per_layer = (self.decoder.blocks, cache.k, cache.v, cache.source_k, cache.source_v)
         r, (k, v) = jax.lax.scan(layer, r, per_layer)

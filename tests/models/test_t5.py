@@ -1,6 +1,7 @@
 """ByT5 and MrT5: deletion in its three ways, caches, losses."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,38 +19,56 @@ KINDS = ("none", "learned", "random", "fixed", "boundary", "convolution")
 
 def built(kind="learned", seed=0, **fields):
     config = t5(kind, **fields)
-    (graph, _), (_, params) = structure(config), network(config, seed, scale=2.0)
+    params = network(config, seed, scale=2.0)[1]
     if kind == "learned":  # spread round the threshold
         params["encoder"]["delete_gate"]["kernel"] = params["encoder"]["delete_gate"]["kernel"] * 6
         params["encoder"]["delete_gate"]["bias"] = jnp.zeros(())
-    return config, graph, params
+    return config, params
 
 
-def encoded(graph, params, source, mode, slots=None, visible=True):
-    @jax.jit
-    def run(params, source):
-        return nnx.merge(graph, params).encode(source, source > 0 if visible else None, mode, slots)
+@functools.cache  # tests share compilations, which are what they cost
+def _encoder(config, mode, slots):
+    graph = structure(config)[0]
+    return jax.jit(lambda params, source: nnx.merge(graph, params).encode(source, source > 0, mode, slots))
 
-    return run(params, source)
+
+@functools.cache
+def _decoder(config):
+    graph = structure(config)[0]
+    return jax.jit(lambda params, inputs, encoded: nnx.merge(graph, params).decode(inputs, encoded)[0])
+
+
+@functools.cache
+def _training(config):
+    graph = structure(config)[0]
+
+    def loss(params, batch, alpha, key):
+        out = nnx.merge(graph, params)(batch["inputs"], source=batch["source"], control=Control(alpha, key))
+        picked = jnp.take_along_axis(jax.nn.log_softmax(out.logits), batch["targets"][..., None], -1)[..., 0]
+        return -jnp.mean(picked) + out.aux_loss, out.metrics
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def trained(config, params, batch, alpha=0.3, key=0):
+    """((loss, metrics), gradients) of a training pass."""
+    return _training(config)(params, batch, jnp.float32(alpha), jax.random.key(key))
 
 
 @pytest.mark.parametrize("kind", ["learned", "random", "fixed"])
 def test_compact_equals_masked_hard_at_every_capacity_that_holds_the_longest_row(kind):
-    _, graph, params = built(kind)
+    config, params = built(kind)
     batch = seq2seq_batch(b=4, t=24)
-    seen, masked = encoded(graph, params, batch["source"], "masked_hard")
+    seen, masked = _encoder(config, "masked_hard", None)(params, batch["source"])
     longest = int(np.asarray(seen.keep).sum(axis=1).max())
     assert 3 < longest < 24
 
-    @jax.jit
-    def logits(params, encoded):
-        return nnx.merge(graph, params).decode(batch["inputs"], encoded)[0]
-
-    wanted = logits(params, masked)
+    decode = _decoder(config)
+    wanted = decode(params, batch["inputs"], masked)
     for slots in (longest, longest + 1, 23, 24):
-        _, compact = encoded(graph, params, batch["source"], "compact", slots)
+        _, compact = _encoder(config, "compact", slots)(params, batch["source"])
         assert compact.states.shape[1] == slots
-        np.testing.assert_allclose(logits(params, compact), wanted, atol=1e-5)
+        np.testing.assert_allclose(decode(params, batch["inputs"], compact), wanted, atol=1e-5)
         for row in range(4):
             kept = np.flatnonzero(seen.keep[row])
             assert np.asarray(compact.position[row, : len(kept)]).tolist() == kept.tolist()
@@ -57,27 +76,27 @@ def test_compact_equals_masked_hard_at_every_capacity_that_holds_the_longest_row
 
 @pytest.mark.parametrize("mode", ["masked_hard", "compact"])
 def test_padding_changes_nothing(mode):
-    _, graph, params = built()
+    config, params = built()
     batch = seq2seq_batch()
     source = batch["source"]
     length = int((source[1] > 0).sum())
     assert length < source.shape[1]
-    _, whole = encoded(graph, params, source, mode)
-    _, alone = encoded(graph, params, source[1:2, :length], mode)
-    decode = lambda e, i: nnx.merge(graph, params).decode(batch["inputs"][i], e)[0]  # noqa: E731
-    np.testing.assert_allclose(decode(whole, slice(None))[1], decode(alone, slice(1, 2))[0], atol=2e-5)
+    _, whole = _encoder(config, mode, None)(params, source)
+    _, alone = _encoder(config, mode, None)(params, source[1:2, :length])
+    together = _decoder(config)(params, batch["inputs"], whole)
+    np.testing.assert_allclose(together[1], _decoder(config)(params, batch["inputs"][1:2], alone)[0], atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_equal_the_whole_decoder(kind):
-    _, graph, params = built(kind, deletion={"rate": 0.5})
+    config, params = built(kind, deletion={"rate": 0.5})
     batch = seq2seq_batch()
-    _, kept = encoded(graph, params, batch["source"], "compact")
+    _, kept = _encoder(config, "compact", None)(params, batch["source"])
     inputs, t = jnp.asarray(batch["inputs"]), 9
 
     @jax.jit
     def both(params):
-        net = nnx.merge(graph, params)
+        net = nnx.merge(structure(config)[0], params)
         first, cache = net.prefill(inputs[:, :3], jnp.array([3, 2, 1]), 12, kept)
         at = jnp.array([3, 2, 1])
         rest = []
@@ -95,9 +114,9 @@ def test_steps_equal_the_whole_decoder(kind):
 
 
 def test_the_decoder_is_causal_and_reads_the_source():
-    _, graph, params = built()
+    config, params = built()
     batch = seq2seq_batch()
-    net = nnx.merge(graph, params)
+    net = nnx.merge(structure(config)[0], params)
     run = jax.jit(lambda inputs, source: net(inputs, source=source).logits)
     before = run(batch["inputs"], batch["source"])
     after = run(batch["inputs"].at[:, 5].set(99), batch["source"])
@@ -107,22 +126,12 @@ def test_the_decoder_is_causal_and_reads_the_source():
     assert (np.asarray(run(batch["inputs"], other)[:, 0]) != np.asarray(before[:, 0])).any()
 
 
-def trained(config, graph, params, batch, alpha=0.3, key=0):
-    def loss(params):
-        control = Control(jnp.float32(alpha), jax.random.key(key))
-        out = nnx.merge(graph, params)(batch["inputs"], source=batch["source"], control=control)
-        picked = jnp.take_along_axis(jax.nn.log_softmax(out.logits), batch["targets"][..., None], -1)[..., 0]
-        return -jnp.mean(picked) + out.aux_loss, out.metrics
-
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-
-
 def test_hard_training_moves_the_gate_only_when_straight_through():
     batch = seq2seq_batch()
     for through in (False, True):
         deletion = {"train": "compact", "straight_through": through, "capacity": 1.0}
-        config, graph, params = built(deletion=deletion)
-        _, grads = trained(config, graph, params, batch, alpha=0.0)
+        config, params = built(deletion=deletion)
+        _, grads = trained(config, params, batch, alpha=0.0)
         moved = float(jnp.abs(grads["encoder"]["delete_gate"]["kernel"]).max())
         assert (moved > 1e-6) == through
 
@@ -132,19 +141,19 @@ def test_straight_through_has_the_same_values_as_hard():
     losses = []
     for mode in ("compact", "masked_hard"):
         for through in (False, True):
-            config, graph, params = built(deletion={"train": mode, "straight_through": through, "capacity": 1.0})
-            losses.append(float(trained(config, graph, params, batch)[0][0]))
+            config, params = built(deletion={"train": mode, "straight_through": through, "capacity": 1.0})
+            losses.append(float(trained(config, params, batch)[0][0]))
     np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("overflow", ["position", "gate"])
 def test_kept_bytes_without_a_slot_are_counted_and_dropped_as_asked(overflow):
     deletion = {"train": "compact", "capacity": 0.35, "overflow": overflow}
-    config, graph, params = built(deletion=deletion)
+    config, params = built(deletion=deletion)
     batch = seq2seq_batch()
-    (_, metrics), _ = trained(config, graph, params, batch)
+    (_, metrics), _ = trained(config, params, batch)
     assert 0 < float(metrics["deletion/overflow"]) < 1
-    seen, kept = encoded(graph, params, batch["source"], "compact", 8)
+    seen, kept = _encoder(config, "compact", 8)(params, batch["source"])
     row = int(np.asarray(seen.keep).sum(axis=1).argmax())
     places, values = np.flatnonzero(seen.keep[row]), np.asarray(seen.gate[row])
     assert len(places) > 8
@@ -154,27 +163,27 @@ def test_kept_bytes_without_a_slot_are_counted_and_dropped_as_asked(overflow):
 
 def test_gate_loss_is_alpha_times_the_mean_gate_and_scores_are_asked_to_be_small():
     batch = seq2seq_batch()
-    config, graph, params = built()
-    (low, _), _ = trained(config, graph, params, batch, alpha=0.0)
-    (high, metrics), _ = trained(config, graph, params, batch, alpha=0.5)
+    config, params = built()
+    (low, _), _ = trained(config, params, batch, alpha=0.0)
+    (high, metrics), _ = trained(config, params, batch, alpha=0.5)
     assert float(high - low) == pytest.approx(0.5 * float(metrics["deletion/mean_gate"]), rel=1e-4)
-    watched, graph, _ = built(deletion={"score_weight": 2.0})
-    (more, metrics), _ = trained(watched, graph, params, batch, alpha=0.0)
+    watched, _ = built(deletion={"score_weight": 2.0})
+    (more, metrics), _ = trained(watched, params, batch, alpha=0.0)
     assert float(metrics["deletion/excess"]) >= 0
     assert float(more - low) == pytest.approx(2 * float(metrics["deletion/excess"]), rel=1e-3, abs=1e-5)
 
 
 def test_dropout_and_noise_depend_on_the_key_only():
     batch = seq2seq_batch()
-    config, graph, params = built(dropout=0.2, deletion={"noise": True})
-    losses = [float(trained(config, graph, params, batch, key=k)[0][0]) for k in (1, 1, 2)]
+    config, params = built(dropout=0.2, deletion={"noise": True})
+    losses = [float(trained(config, params, batch, key=k)[0][0]) for k in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_finite_gradients_for_every_weight(kind):
-    config, graph, params = built(kind, deletion={"rate": 0.5})
-    (loss, _), grads = trained(config, graph, params, seq2seq_batch())
+    config, params = built(kind, deletion={"rate": 0.5})
+    (loss, _), grads = trained(config, params, seq2seq_batch())
     assert np.isfinite(loss)
     for path, g in jax.tree.leaves_with_path(grads):
         assert np.isfinite(g).all(), path
@@ -182,25 +191,24 @@ def test_every_kind_has_finite_gradients_for_every_weight(kind):
 
 
 def test_remat_and_loops_change_nothing():
-    config, graph, params = built()
+    config, params = built()
     batch = seq2seq_batch()
-    (wanted, _), grads = trained(config, graph, params, batch)
+    (wanted, _), grads = trained(config, params, batch)
     for fields in ({"remat": "full"}, {"remat": "dots", "scan_layers": False}):
         other = dataclasses.replace(config, **fields)
-        (loss, _), same = trained(other, structure(other)[0], params, batch)
+        (loss, _), same = trained(other, params, batch)
         np.testing.assert_allclose(loss, wanted, rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, same)
 
 
 def test_bfloat16_computes_the_gate_in_float32():
-    config, _, params = built()
+    config, params = built()
     batch = seq2seq_batch()
     half = dataclasses.replace(config, dtype="bfloat16")
-    seen, kept = encoded(structure(half)[0], params, batch["source"], "compact")
+    seen, kept = _encoder(half, "compact", None)(params, batch["source"])
     assert seen.gate.dtype == jnp.float32
     assert kept.states.dtype == jnp.bfloat16
-    out = nnx.merge(structure(half)[0], params)(batch["inputs"], source=batch["source"])
-    assert out.logits.dtype == jnp.float32
+    assert _decoder(half)(params, batch["inputs"], kept).dtype == jnp.float32
 
 
 @pytest.mark.parametrize(("name", "count"), [("small", 299_637_760), ("base", 581_653_248), ("large", 1_228_183_552)])
