@@ -1,6 +1,7 @@
 """Commands about one model: sample, eval, chunks, convert, parity. Each returns an exit status."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class SampleOptions:
     model: PathArgument  # run, checkpoint or weights directory
     prompt: str = ""  # text to go on from; empty = the start of a document
     prompt_file: Path | None = None  # read the prompt (any bytes) from this file instead
+    input: str | None = None  # what an encoder-decoder reads; the prompt is then the start of its target
+    beams: int = 1  # encoder-decoders: the best target by a search with so many beams, instead of a drawn one
     max_bytes: int = 400  # length of the continuation
     temperature: float = 0.8  # 0 = always the most probable byte
     top_k: int = 0  # only the k most probable bytes; 0 = all
@@ -46,6 +49,9 @@ def sample(args: list[str]) -> int:
     )
     lm = bytelm.load(options.model, checkpoint=options.checkpoint, reserved=options.reserved, config=options.config)
     out = sys.stdout.buffer
+    source = None if options.input is None else options.input.encode("utf-8", "surrogateescape")
+    if options.beams != 1:
+        return _search(lm, options, source, prompt)
     settings: dict[str, Any] = {name: getattr(options, name) for name in ("max_bytes", "temperature", "top_k", "top_p")}
     settings["stop"] = tuple(stop.encode("utf-8", "surrogateescape") for stop in options.stop)
     for i in range(options.count):
@@ -53,7 +59,7 @@ def sample(args: list[str]) -> int:
             out.write(f"--- {i + 1} ---\n".encode())
         out.write(prompt[: complete_prefix(prompt)])
         pending = prompt[complete_prefix(prompt) :]
-        for piece in lm.stream(prompt, seed=options.seed + i, **settings):
+        for piece in lm.stream(prompt, input=source, seed=options.seed + i, **settings):
             out.write(pending + piece)
             pending = b""
             out.flush()
@@ -62,9 +68,20 @@ def sample(args: list[str]) -> int:
     return EXIT_OK
 
 
+def _search(lm: Any, options: SampleOptions, source: bytes | None, prompt: bytes) -> int:
+    from bytelm.seq2seq_lm import Seq2SeqLM
+
+    if not isinstance(lm, Seq2SeqLM) or source is None or prompt:
+        raise ConfigError("--beams needs an encoder-decoder and its --input, and takes no --prompt")
+    ((text, score),) = lm.beam_search([source], options.max_bytes, beams=options.beams)
+    sys.stdout.buffer.write(text + b"\n")
+    print(f"ln p / length = {score:.4f}", file=sys.stderr)
+    return EXIT_OK
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """Measures a model. Without --text, on the text its run held out."""
+    """Measures a model. Without --text, on the text its run held out; an encoder-decoder on its task's examples."""
 
     model: PathArgument  # run, checkpoint or weights directory
     suite: Literal["bpb"] = "bpb"  # what to measure: bits per byte
@@ -72,6 +89,10 @@ class EvalOptions:
     text_field: str = "text"  # field of a jsonl record that holds the text
     max_bytes: int = 0  # read at most this much; 0 = all
     window: int = 0  # bytes of context; 0 = min(8192, the trained length)
+    task: Literal["spans", "vowels", "context_vowels", "merge", "copy", "pairs"] | None = (
+        None  # none: as it was trained
+    )
+    deletion: Literal["hard", "soft", "none"] | None = None  # how a delete gate deletes; none: hard
     compare: bool = False  # add compressor lines given the run's training text
     reserved: Literal["error", "replace"] | None = None  # bytes the model keeps for itself; none: as it was trained
     config: Path | None = None  # the reference's config JSON, for a bare file of weights
@@ -85,11 +106,17 @@ def evaluate(args: list[str]) -> int:
     from bytelm.evals.bpb import bits_per_byte, first_bytes
     from bytelm.evals.compressors import ppmd_given, xz_given
     from bytelm.lm import NetworkLM
+    from bytelm.seq2seq_lm import Seq2SeqLM
 
     options = tyro.cli(EvalOptions, args=args, prog="bytelm eval")
     if options.window < 0 or options.max_bytes < 0:
         raise ConfigError("--window and --max-bytes must not be negative")
-    lm = bytelm.load(options.model, checkpoint=options.checkpoint, reserved=options.reserved, config=options.config)
+    lm = bytelm.load(options.model, checkpoint=options.checkpoint, reserved=options.reserved, config=options.config,
+                     deletion=options.deletion)  # fmt: skip
+    if isinstance(lm, Seq2SeqLM):
+        return _evaluate_targets(options, lm)
+    if options.task is not None:
+        raise ConfigError(f"--task {options.task}: only encoder-decoders have tasks")
     if options.text:
         text, name = open_corpus(options.text, text_field=options.text_field, where="--text"), ", ".join(options.text)
     else:
@@ -135,6 +162,46 @@ def evaluate(args: list[str]) -> int:
     return EXIT_OK
 
 
+def _evaluate_targets(options: EvalOptions, lm: Any) -> int:
+    """Bits per target id, whole targets right, and what the encoder keeps, of an encoder-decoder."""
+    from bytelm.data.pipeline import load_text
+    from bytelm.data.seq2seq import heldout_rows
+    from bytelm.data.sources import open_corpus
+    from bytelm.evals.seq2seq import score_targets
+
+    if options.compare or options.window:
+        raise ConfigError("--compare and --window are for models that go on with a text")
+    run = (options.model / "config.yaml").exists()
+    data = _run_data(options.model) if run else DataConfig(task="spans", seq_len=lm.window, batch_size=8)
+    if options.task:
+        data = dataclasses.replace(data, task=options.task)
+    if options.text:
+        text, name = open_corpus(options.text, text_field=options.text_field, where="--text"), ", ".join(options.text)
+        data = dataclasses.replace(data, valid=options.text)
+    elif run:
+        text, name = load_text(data)[1], ", ".join(data.valid) or f"held out of {', '.join(data.train)}"
+    else:
+        raise ConfigError(f"{options.model} is not a run directory, so its texts are not known: give --text FILE")
+    size = max(1, min(data.batch_size, lm.batch_bytes // data.seq_len))
+    result = score_targets(lm.report, heldout_rows(text, data, options.max_bytes), size)
+    if result is None:
+        raise ConfigError(f"{name}: too little text for one example of the task {data.task}")
+    record = {"model": str(options.model), "family": lm.config.family, "task": data.task, "text": name,
+              "deletion": lm.deletion if lm.config.deletion.gated else lm.config.deletion.kind,
+              "examples": result.examples, "targets": result.bytes, "bits_per_target": result.bpb,
+              **{key.removeprefix("heldout_"): value for key, value in result.more().items()}}  # fmt: skip
+    if options.json:
+        print(json.dumps(record))
+        return EXIT_OK
+    print(
+        f"{data.task}, {name}: {result.examples:,} examples, {result.bytes:,} target ids, deletion {record['deletion']}"
+    )
+    print(f"  {result.bpb:.4f} bits per target id   whole targets right {record['sequence_accuracy']:.2%}   "
+          f"ids right {record['accuracy']:.2%}")  # fmt: skip
+    print(f"  encoder: {record['deleted']:.1%} deleted; the longest row of a batch keeps {record['longest']:.1%}")
+    return EXIT_OK
+
+
 def _run_data(run: Path) -> DataConfig:
     """The data settings of a run directory."""
     if not (run / "config.yaml").exists():
@@ -152,7 +219,8 @@ def _draw(run: Path, lines: dict[str, float]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunksOptions:
-    """Shows how a chunking model cuts a text: in colours, with figures of each level, or as an HTML page."""
+    """Shows how a chunking model cuts a text, or which bytes a deleting one drops: in colours, with figures, or as an
+    HTML page."""
 
     model: PathArgument  # run, checkpoint or weights directory, or a published checkpoint
     text: str = ""  # the text
@@ -170,6 +238,8 @@ def chunks(args: list[str]) -> int:
 
     from bytelm.evals.chunk_page import Snapshot, chunk_page
     from bytelm.evals.chunk_view import print_chunks
+    from bytelm.evals.kept_view import kept_page, print_kept
+    from bytelm.seq2seq_lm import Seq2SeqLM
 
     options = tyro.cli(ChunksOptions, args=args, prog="bytelm chunks")
     text = options.text.encode("utf-8", "surrogateescape")
@@ -186,13 +256,19 @@ def chunks(args: list[str]) -> int:
     levels = lm.boundaries(text)
     if not levels:
         raise ConfigError(f"{options.model}: this model reads bytes one by one; it has no chunks")
-    if options.html is not None:
+    deletes = isinstance(lm, Seq2SeqLM) and lm.config.deletion.gated
+    if options.html is not None and deletes:
+        options.html.write_text(kept_page(text, levels[0], f"Bytes kept by {options.model}"), encoding="utf-8")
+        print(options.html)
+    elif options.html is not None:
         page = chunk_page(text, [Snapshot("", levels)], f"Chunks of {options.model}")
         options.html.write_text(page, encoding="utf-8")
         print(options.html)
     elif options.json:
         print(json.dumps([{"offset": level.offset.tolist(), "probability": level.probability.tolist(),
                            "cut": level.cut.tolist()} for level in levels]))  # fmt: skip
+    elif deletes:
+        print_kept(text, levels[0], Console(highlight=False))
     else:
         print_chunks(text, levels, Console(highlight=False))
     return EXIT_OK

@@ -16,6 +16,7 @@ from bytelm.generate import Sampling, bucket, generate_bytes, pad_rows
 from bytelm.models.build import Params, structure
 from bytelm.models.deletion import PAD, slot_sizes
 from bytelm.models.t5 import Encoded, Seen
+from bytelm.models.t5_report import SCORED, rows
 from bytelm.protocol import ByteLM, Score, Text, log_softmax
 from bytelm.vocab import T5_IDS, encode
 
@@ -41,6 +42,11 @@ def _decode(graph, params, symbols, inputs, encoded):
 def _decode_last(graph, params, symbols, inputs, lengths, encoded):
     logits, _ = nnx.merge(graph, params).decode(inputs, encoded)
     return jax.numpy.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0, symbols]
+
+
+@partial(jax.jit, static_argnums=0)
+def _rows(graph, params, batch, seen, encoded):
+    return rows(nnx.merge(graph, params), batch, seen, encoded)
 
 
 class Seq2SeqLM(ByteLM):
@@ -69,7 +75,7 @@ class Seq2SeqLM(ByteLM):
         self.config, self.params, self.window, self.deletion = config, params, context, deletion
         self.threshold = np.float32(config.deletion.threshold if threshold is None else threshold)
         self.graph, _ = structure(config)
-        self._symbols, self._batch_bytes = self.ids.symbol_ids(), batch_bytes
+        self._symbols, self.batch_bytes = self.ids.symbol_ids(), batch_bytes
 
     def _source(self, text: bytes) -> NDArray[np.int32]:
         body = np.frombuffer(text, np.uint8).astype(np.int32) + self.ids.offset
@@ -103,12 +109,12 @@ class Seq2SeqLM(ByteLM):
         order = sorted(range(len(sources)), key=lambda i: (len(sources[i]), len(targets[i])))
         while order:
             width = bucket(len(sources[order[-1]]), 32)
-            count = min(max(self._batch_bytes // width, 1), bucket(len(order)))
+            count = min(max(self.batch_bytes // width, 1), bucket(len(order)))
             group, order = order[-count:], order[:-count]
-            rows = bucket(len(group))
-            source, _ = pad_rows([sources[i] for i in group], rows, width)
+            count = bucket(len(group))
+            source, _ = pad_rows([sources[i] for i in group], count, width)
             longest = bucket(max(len(targets[i]) for i in group), 8)
-            inputs, lengths = pad_rows([targets[i] for i in group], rows, longest)
+            inputs, lengths = pad_rows([targets[i] for i in group], count, longest)
             yield group, self.encode_rows(source), inputs, lengths
 
     def logprobs_batch(self, prefixes: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> NDArray[np.float64]:
@@ -153,11 +159,11 @@ class Seq2SeqLM(ByteLM):
 
     def _continue(self, prompts, inputs, max_bytes, sampling: Sampling, seed, stop, block):
         sources = self._sources(inputs, len(prompts))
-        rows, _ = pad_rows(sources, bucket(len(sources)), bucket(max(map(len, sources)), 32))
+        padded, _ = pad_rows(sources, bucket(len(sources)), bucket(max(map(len, sources)), 32))
         return generate_bytes(
             self.graph, self.params, self.ids, prompts, window=max(map(len, prompts)) + max_bytes + 2,
             max_bytes=max_bytes, sampling=sampling, seed=seed, stop=stop, block=block,
-            encoded=self.encode_rows(rows),
+            encoded=self.encode_rows(padded),
         )  # fmt: skip
 
     def beam_search(
@@ -179,6 +185,12 @@ class Seq2SeqLM(ByteLM):
                 text = found[row][: ended[0]] if len(ended) else found[row]
                 out[i] = (text.astype(np.uint8).tobytes(), float(scores[row]))
         return out
+
+    def report(self, batch: dict[str, NDArray]) -> dict[str, NDArray]:
+        """What `models/t5_report.py` says of each of the rows of examples, in this model's way of deletion."""
+        seen = self.look(batch["source"])
+        scored = {name: batch[name] for name in SCORED}
+        return jax.device_get(_rows(self.graph, self.params, scored, seen, self.finish_rows(seen)))
 
     def boundaries(self, text: Text) -> list[Boundaries]:
         """Bytes of an input that the gate keeps (`cut`), and how sure it is of each; none for a model that deletes
