@@ -1,5 +1,6 @@
 """Eight fake CPU devices, a compilation cache, runtime type checks of every annotated bytelm function."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -39,3 +40,12 @@ def x64():
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def reference_python() -> str:
+    """A Python with torch and transformers (extra `reference`): this one, or the one BYTELM_REFERENCE_PYTHON names."""
+    named = os.environ.get("BYTELM_REFERENCE_PYTHON", "")
+    if not named and not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        pytest.skip("needs torch and transformers: install the extra `reference`, or set BYTELM_REFERENCE_PYTHON")
+    return named or sys.executable

@@ -42,6 +42,9 @@ def load_text(config: DataConfig) -> tuple[list[Corpus], Corpus]:
     """Training sources (one, or one per weight) and the held-out corpus. Raises ConfigError or DataError."""
     options = {"text_field": config.text_field, "cache_dir": config.cache_dir}
     groups = [(entry,) for entry in config.train] if config.weights else [config.train]
+    if config.task == "pairs" and not config.valid:  # whose lines, not bytes, are held out
+        sources = [open_corpus(group, **options) for group in groups]
+        return sources, concatenate(sources)
     if config.valid:
         sources = [open_corpus(group, **options) for group in groups]
         return sources, open_corpus(config.valid, **options, where="data.valid")

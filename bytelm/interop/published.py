@@ -47,7 +47,12 @@ class SafetensorsFile(Mapping[str, NDArray]):
     def __iter__(self):
         return iter(self._shapes)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
     def __getitem__(self, name: str) -> NDArray:
+        if name not in self._shapes:
+            raise KeyError(name)
         return self._file.get_tensor(name)
 
     def describe(self) -> dict[str, tuple[int, ...]]:

@@ -50,7 +50,7 @@ def write_tensors(
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype {dtype!r}: choose {' or '.join(_DTYPES)}")
     path.mkdir(parents=True, exist_ok=True)
-    stored = {name: np.ascontiguousarray(x if keep(name) else x.astype(_DTYPES[dtype])) for name, x in tensors.items()}
+    stored = {name: np.asarray(x if keep(name) else x.astype(_DTYPES[dtype]), order="C") for name, x in tensors.items()}
     temporary = path / "model.safetensors.tmp"
     save_file(stored, temporary, metadata=metadata)
     temporary.replace(path / "model.safetensors")
