@@ -30,7 +30,9 @@ def t5_run(run_dir, *, steps=6, deletion=GATE, kind="learned", dropout=0.1, **se
     text = {"train": ("bundled:shakespeare[:20000]",), "valid": ("bundled:shakespeare[1003854:1006000]",)}
     data = DataConfig(task="spans", seq_len=32, batch_size=8, mean_span=5.0, **text)
     base = dataclasses.replace(
-        run_config(run_dir, steps=steps), model=t5(kind, deletion=deletion, dropout=dropout), data=data
+        run_config(run_dir, steps=steps, optim={"schedule": "constant"}),
+        model=t5(kind, deletion=deletion, dropout=dropout),
+        data=data,
     )
     return dataclasses.replace(
         base, **{name: dataclasses.replace(getattr(base, name), **fields) for name, fields in sections.items()}
