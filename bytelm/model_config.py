@@ -271,6 +271,7 @@ class DeletionConfig:
     scale: float = -30.0  # k: gate value of a byte that is certainly deleted
     threshold: float = -15.0  # bytes whose gate value is above are kept
     gate_norm: bool = True  # an RMSNorm in front of the gate
+    gate_bias: float = 1.0  # initial logit of keeping: 1 as released, for trained weights; about 4 from scratch
     noise: bool = False  # Gumbel noise on the gate in training
     train: Literal["soft", "masked_hard", "compact"] = "soft"  # deletion in training: by gate values, masks, or slots
     straight_through: bool = False  # hard deletion in training: the gate still gets soft deletion's gradient

@@ -30,7 +30,7 @@ class DeleteGate(nnx.Module):
     def __init__(self, d: int, config: DeletionConfig, *, eps: float, rngs: nnx.Rngs):
         bound = math.sqrt(6 / (d + 1))  # Xavier's uniform draw for a map from d to 1
         self.kernel = nnx.Param(jax.random.uniform(rngs.params(), (d,), jnp.float32, -bound, bound))
-        self.bias = nnx.Param(jnp.ones((), jnp.float32))
+        self.bias = nnx.Param(jnp.full((), config.gate_bias, jnp.float32))
         if config.gate_norm:
             self.norm = RMSNorm((d,), eps=eps, dtype="float32")
         self.config = config
