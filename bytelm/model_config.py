@@ -281,6 +281,7 @@ class DeletionConfig:
     controller: bool = True  # move alpha so that the deletion rate becomes `rate` (learned gate)
     k_p: float = 0.5  # the controller's proportional gain
     k_i: float = 1.0e-5  # its integral gain, per optimizer step
+    weight_floor: float = 0.0  # least alpha: 0 as released never pulls deleted bytes back; below 0 it can
     delay: int = 0  # steps before gate loss and controller begin
     score_weight: float = 0.0  # beta, weight of the attention-score regulariser
     released: bool = False  # boundary: as the released code does, encoder slots without a segment are seen

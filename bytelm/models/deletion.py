@@ -112,14 +112,14 @@ def first_control(config: DeletionConfig) -> dict[str, Array]:
 def next_control(config: DeletionConfig, state: dict[str, Array], rate: Array, step: Array) -> dict[str, Array]:
     """The controller after a step that deleted the share `rate` of the global batch's bytes.
 
-    Error e = target - rate; p <- 0.9 p + 0.1 k_p e; i <- i + k_i e; alpha = max(0, p + i). In the first `delay` steps
-    nothing moves. The released code updates once per microbatch and device, so its k_i counts that many times more.
+    Error e = target - rate; p <- 0.9 p + 0.1 k_p e; i <- i + k_i e; alpha = max(0, p + i), or another floor. In the
+    first `delay` steps nothing moves. The released code updates once per microbatch and device, so its k_i counts that many times more.
     """
     if not config.controller:
         return state
     error = config.rate - rate
     p, i = 0.9 * state["p"] + 0.1 * config.k_p * error, state["i"] + config.k_i * error
-    new = {"alpha": jnp.maximum(0.0, p + i), "p": p, "i": i}
+    new = {"alpha": jnp.maximum(config.weight_floor, p + i), "p": p, "i": i}
     return {name: jnp.where(step >= config.delay, new[name], state[name]) for name in state}
 
 
