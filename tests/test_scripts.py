@@ -71,3 +71,40 @@ def test_constraints_hold_what_the_project_needs(root):
         pins = (root / "constraints" / f"python{version}.txt").read_text().lower().replace("_", "-")
         pinned = {line.split("==")[0] for line in pins.splitlines() if "==" in line}
         assert names <= pinned, names - pinned
+
+
+def make_tasks(root, *arguments):
+    command = [sys.executable, root / "scripts/make_character_tasks", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_spelling_task(root, tmp_path):
+    (tmp_path / "typos.txt").write_text("teh->the\ntehe->the\nqiuck->quick, quack\nallot->a lot\n")
+    (tmp_path / "text.txt").write_text("The quick brown fox,\nnaïve as ever, saw the other fox. " * 9)
+    made = make_tasks(root, "spelling", tmp_path / "a.tsv", "--typos", tmp_path / "typos.txt", "--text",
+                      tmp_path / "text.txt", "--bytes", 40)  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    lines = (tmp_path / "a.tsv").read_text().splitlines()
+    assert len(lines) == 27  # The, quick, the
+    for line in lines:
+        source, target = line.split("\t")
+        assert max(len(source.encode()), len(target.encode())) <= 39
+        changed = [(a, b) for a, b in zip(source.split(), target.split()) if a != b]
+        assert len(changed) == 1
+        typo, word = changed[0]
+        assert {"The": typo in ("Teh", "Tehe"), "the": typo in ("teh", "tehe"), "quick": typo == "qiuck"}[word]
+
+
+def test_word_search_task(root, tmp_path):
+    (tmp_path / "words.txt").write_text("lion\ta large cat\nox\ttoo short\nviolin\tan instrument with strings\n")
+    made = make_tasks(root, "words", tmp_path / "a.tsv", "--definitions", tmp_path / "words.txt", "--count", 50)
+    assert made.returncode == 0, made.stderr
+    for line in (tmp_path / "a.tsv").read_text().splitlines():
+        source, target = line.split("\t")
+        assert target in ("lion", "violin")
+        assert target in source.split(": ")[1]
+        assert len(source.encode()) < 128
+    refused = make_tasks(root, "words", tmp_path / "b.tsv", "--definitions", tmp_path / "words.txt", "--bytes", 20)
+    assert refused.returncode == 1
+    assert "fits 20 bytes" in refused.stderr
+    assert make_tasks(root, "words", tmp_path / "c.tsv", "--definitions", tmp_path / "none").returncode == 2

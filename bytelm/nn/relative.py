@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.nn.layers import Dropout, Linear, wide
 
-QUERY_BLOCK = 256  # longer rows are done in blocks of so many queries
+QUERY_BLOCK = 256  # rows longer than two of them are done in blocks of at most so many queries
 HELD_BIAS = 1 << 25  # numbers of a position bias that are computed once for all blocks of a stack
 
 
@@ -142,7 +142,8 @@ def relative_attend(q, k, v, bias: PositionBias | None, keys: Keys, how: Attendi
         whole = None if bias is None else bias.block(0, t) if bias.whole is None else bias.whole
         return attend_block(q, k, v, whole, keys, how)
     blocks = -(-t // QUERY_BLOCK)
-    more = blocks * QUERY_BLOCK - t
+    size = -(-t // blocks)  # of equal length, so that little is computed for padding
+    more = blocks * size - t
     q = jnp.pad(q, ((0, 0), (0, more), (0, 0), (0, 0)))
     padded = None if bias is None else bias.padded(more)
     visible = keys.visible
@@ -151,18 +152,18 @@ def relative_attend(q, k, v, bias: PositionBias | None, keys: Keys, how: Attendi
 
     @jax.checkpoint
     def one(i):
-        first = i * QUERY_BLOCK
+        first = i * size
         mask = visible
         if mask is not None and mask.shape[1] > 1:
-            mask = jax.lax.dynamic_slice_in_dim(mask, first, QUERY_BLOCK, axis=1)
-        part = jax.lax.dynamic_slice_in_dim(q, first, QUERY_BLOCK, axis=1)
-        own = None if padded is None else padded.block(first, QUERY_BLOCK)
+            mask = jax.lax.dynamic_slice_in_dim(mask, first, size, axis=1)
+        part = jax.lax.dynamic_slice_in_dim(q, first, size, axis=1)
+        own = None if padded is None else padded.block(first, size)
         one_how = replace(how, dropout=how.dropout.fold(i))
         return attend_block(part, k, v, own, Keys(mask, keys.gate), one_how, t - first)
 
     y, excess = jax.lax.map(one, jnp.arange(blocks))
-    y = jnp.moveaxis(y, 0, 1).reshape(b, blocks * QUERY_BLOCK, h, width)[:, :t]
-    return y, excess.sum() * (QUERY_BLOCK / t)
+    y = jnp.moveaxis(y, 0, 1).reshape(b, blocks * size, h, width)[:, :t]
+    return y, excess.sum() * (size / t)
 
 
 class RelativeAttention(nnx.Module):
