@@ -113,7 +113,8 @@ def next_control(config: DeletionConfig, state: dict[str, Array], rate: Array, s
     """The controller after a step that deleted the share `rate` of the global batch's bytes.
 
     Error e = target - rate; p <- 0.9 p + 0.1 k_p e; i <- i + k_i e; alpha = max(0, p + i), or another floor. In the
-    first `delay` steps nothing moves. The released code updates once per microbatch and device, so its k_i counts that many times more.
+    first `delay` steps nothing moves. The released code updates once per microbatch and device, so its k_i counts that
+    many times more.
     """
     if not config.controller:
         return state
