@@ -26,7 +26,7 @@ KEEP = {
     "hnet": re.compile(r"input_ids|mask|logits|step\.logits|stage\d\.padded\..*|loss\..*|grad\..*"),
     "mrt5": re.compile(
         r"input_ids|attention_mask|labels|loss.*|greedy.*|grad\..*|boundary_logits|.*hard_boundaries.*"
-        r"|((soft|hard|hard_thr)\.)?(logits|loss|total_loss|gate_loss|gate_values|keep_mask|positions|kept_per_row)"
+        r"|((soft|hard|hard_thr)\.)?(logits|loss|total_loss|gate_loss|gate_values|keep_mask|positions|kept_per_row|scores_loss_unscaled)"
     ),
 }
 

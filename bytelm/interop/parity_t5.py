@@ -2,10 +2,12 @@
 
 input_ids [b, t], attention_mask [b, t], labels [b, s] (-100: not scored), and for each mode ("" without a gate, soft.,
 hard., hard_thr.) logits [b, s, v], loss; with a gate gate_values [b, t], keep_mask; of hard deletion positions [b, c]
-and kept_per_row; soft.gate_loss and soft.total_loss; grad.<reference name> of the total loss; greedy ids, here or in
-meta.json. meta.json: attention_mask_passed (false: the reference saw the padding), alpha, hard_thr.deletion_threshold.
+and kept_per_row; soft.gate_loss, soft.total_loss and scores_loss_unscaled (of each mode); grad.<reference name> of the
+total loss; greedy ids, here or in meta.json. meta.json: attention_mask_passed (false: the reference saw the padding),
+alpha, hard_thr.deletion_threshold.
 """
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from bytelm.interop.parity_hnet import Tensors, need_tensors
 from bytelm.interop.published import check_tensors
 from bytelm.models.build import structure
 from bytelm.models.deletion import mean_gate
-from bytelm.models.t5 import Encoded
+from bytelm.models.t5 import Encoded, score_excess
 from bytelm.train.losses import token_nll
 
 IGNORED = -100  # label of a position that is not scored
@@ -36,6 +38,10 @@ def measure_t5(case: Path, io: Tensors, weights: Tensors) -> dict[str, Any]:
     config = t5.config_from(record, f"{case}/config.json", head="lm_head.weight" in weights)
     check_tensors({name: w.shape for name, w in weights.items()}, config, f"{case}/weights.safetensors")
     need_tensors(io, case, "input_ids", "attention_mask", "labels")
+    deletion = dataclasses.replace(
+        config.deletion, noise=False, score_weight=1.0
+    )  # measured; the goldens have no noise
+    config = dataclasses.replace(config, dropout=0.0, deletion=deletion)
     modes = {prefix: mode for prefix, mode in _modes(config).items() if f"{prefix}logits" in io}
     if not modes:
         raise CheckpointError(f"{case}/io.safetensors: no logits of any mode")
@@ -48,10 +54,11 @@ def measure_t5(case: Path, io: Tensors, weights: Tensors) -> dict[str, Any]:
 
     @partial(jax.jit, static_argnames="mode")
     def run(params, mode, threshold):
-        network = nnx.merge(graph, params)
-        seen = network.look(source, visible, threshold=threshold)
-        encoded, more = network.finish(seen, mode, boundaries=drawn)
-        return seen, encoded, more, network.decode(inputs, encoded)[0]
+        network, key = nnx.merge(graph, params), jax.random.key(0) if mode == "soft" else None  # soft: as in training
+        seen = network.look(source, visible, threshold=threshold, key=key)
+        encoded, more = network.finish(seen, mode, boundaries=drawn, key=key)
+        logits, excess = network.decode(inputs, encoded, key=key)
+        return seen, encoded, more, logits, score_excess(config, more["excess"], excess)
 
     found: dict[str, list[Any]] = {}
 
@@ -60,9 +67,11 @@ def measure_t5(case: Path, io: Tensors, weights: Tensors) -> dict[str, Any]:
 
     for prefix, mode in modes.items():
         threshold = jnp.float32(meta.get(f"{prefix}deletion_threshold", config.deletion.threshold))
-        seen, encoded, more, logits = run(params, mode, threshold)
+        seen, encoded, more, logits, excess = run(params, mode, threshold)
         note("max_abs_logit_error", _worst(logits, io[f"{prefix}logits"]))
         note("loss_error", abs(float(_loss(logits, labels)) - _number(io, f"{prefix}loss")))
+        if f"{prefix}scores_loss_unscaled" in io:
+            note("loss_error", abs(float(excess) - _number(io, f"{prefix}scores_loss_unscaled")))
         if f"{prefix}gate_values" in io:
             note("max_abs_gate_error", _worst(seen.gate, io[f"{prefix}gate_values"]))
         if f"{prefix}keep_mask" in io:

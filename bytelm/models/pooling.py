@@ -94,7 +94,8 @@ def binomial_nll(count: Float[Array, " b"], length: Float[Array, " b"], prior: f
         - jax.scipy.special.gammaln(count + 1)
         - jax.scipy.special.gammaln(length - count + 1)
     )
-    return jnp.mean(-(log_choose + count * math.log(prior) + (length - count) * math.log1p(-prior)) / length)
+    nats = -(log_choose + count * math.log(prior) + (length - count) * math.log1p(-prior))
+    return jnp.mean(nats / jnp.maximum(length, 1))  # a row of padding has none
 
 
 class StridedConvolution(nnx.Module):

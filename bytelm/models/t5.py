@@ -95,6 +95,12 @@ class Control:
     key: Array
 
 
+def score_excess(config: T5Config, encoder: Array, decoder: Array) -> Array:
+    """Mean excess of the scores over the encoder's blocks behind the gate and all attentions to the encoder."""
+    behind, crossed = config.encoder_layers - config.first_layers, config.decoder_layers
+    return (encoder * behind + decoder * crossed) / (behind + crossed)
+
+
 class Encoder(T5Stack):
     """Blocks in front of and behind what shortens the sequence, and that itself."""
 
@@ -304,9 +310,7 @@ class T5(nnx.Module):
             loss += control.alpha * mean_gate(seen.gate, source)
             metrics["deletion/alpha"] = control.alpha
             if d.score_weight:
-                behind = self.config.encoder_layers - d.layer
-                crossed = self.config.decoder_layers
-                metrics["deletion/excess"] = (more["excess"] * behind + excess * crossed) / (behind + crossed)
+                metrics["deletion/excess"] = score_excess(self.config, more["excess"], excess)
                 loss += d.score_weight * metrics["deletion/excess"]
         if "boundary_loss" in more:
             loss += more["boundary_loss"]
