@@ -34,13 +34,16 @@ def _search(graph, params, symbols, encoded, length, beams, penalty):
             cache.lengths[flat], cache.k[:, flat], cache.v[:, flat], cache.source_k, cache.source_v, cache.source
         )
 
+    def searching(state):
+        """Rows whose best live hypothesis may still win, if it ended at this length."""
+        reachable = state["live"][:, 0] / state["n"].astype(jnp.float32) ** penalty
+        return state["searching"] & (reachable > state["done_score"].min(axis=1))
+
     def going(state):
-        n, live, done = state["n"], state["live"], state["done_score"]
-        reachable = live[:, 0] / n.astype(jnp.float32) ** penalty  # the live one that may still win, at this length
-        return (n <= length) & jnp.any(reachable > done.min(axis=1))
+        return (state["n"] <= length) & jnp.any(searching(state))
 
     def step(state):
-        n = state["n"]
+        n, still = state["n"], searching(state)
         nats = jax.nn.log_softmax(state["logits"][:, symbols].astype(jnp.float32), axis=-1).reshape(b, beams, -1)
         total = (state["live"][:, :, None] + nats).reshape(b, -1)
         best, where = jax.lax.top_k(total, 2 * beams)
@@ -59,16 +62,20 @@ def _search(graph, params, symbols, encoded, length, beams, penalty):
         cache = pick(state["cache"], chosen)
         ids = symbols[jnp.take_along_axis(symbol, on, axis=1)].reshape(-1)
         logits, cache = network.step(ids, cache)
-        return {"n": n + 1, "live": live, "text": text[rows, on], "done_score": done_score,
-                "done_text": texts[rows, order], "logits": logits, "cache": cache}  # fmt: skip
+        # A row that is through stays as it is, so that its result does not depend on the others.
+        done_score = jnp.where(still[:, None], done_score, state["done_score"])
+        done_text = jnp.where(still[:, None, None], texts[rows, order], state["done_text"])
+        return {"n": n + 1, "live": live, "text": text[rows, on], "done_score": done_score, "done_text": done_text,
+                "searching": still, "logits": logits, "cache": cache}  # fmt: skip
 
     blank = jnp.full((b, beams, length), END, jnp.int32)
     live = jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, NEVER), (b, beams))  # all beams start the same
     state = {"n": jnp.int32(1), "live": live, "text": blank, "done_score": jnp.full((b, beams), NEVER),
-             "done_text": blank, "logits": logits, "cache": cache}  # fmt: skip
+             "done_text": blank, "searching": jnp.ones(b, bool), "logits": logits, "cache": cache}  # fmt: skip
     state = jax.lax.while_loop(going, step, state)
     # What has not ended by then is as long as can be.
-    unfinished = jnp.where(state["n"] > length, state["live"] / jnp.float32(length) ** penalty, NEVER)
+    cut = (state["n"] > length) & state["searching"]
+    unfinished = jnp.where(cut[:, None], state["live"] / jnp.float32(length) ** penalty, NEVER)
     scores = jnp.concatenate([state["done_score"], unfinished], axis=1)
     texts = jnp.concatenate([state["done_text"], state["text"]], axis=1)
     winner = jnp.argmax(scores, axis=1)

@@ -71,8 +71,8 @@ def sample(args: list[str]) -> int:
 def _search(lm: Any, options: SampleOptions, source: bytes | None, prompt: bytes) -> int:
     from bytelm.seq2seq_lm import Seq2SeqLM
 
-    if not isinstance(lm, Seq2SeqLM) or source is None or prompt:
-        raise ConfigError("--beams needs an encoder-decoder and its --input, and takes no --prompt")
+    if not isinstance(lm, Seq2SeqLM) or source is None or prompt or options.stop or options.count != 1:
+        raise ConfigError("--beams needs an encoder-decoder and its --input, and takes no --prompt, --stop or --count")
     ((text, score),) = lm.beam_search([source], options.max_bytes, beams=options.beams)
     sys.stdout.buffer.write(text + b"\n")
     print(f"ln p / length = {score:.4f}", file=sys.stderr)
@@ -164,26 +164,33 @@ def evaluate(args: list[str]) -> int:
 
 def _evaluate_targets(options: EvalOptions, lm: Any) -> int:
     """Bits per target id, whole targets right, and what the encoder keeps, of an encoder-decoder."""
+    from bytelm.data.diagnostics import DIAGNOSTICS
     from bytelm.data.pipeline import load_text
-    from bytelm.data.seq2seq import heldout_rows
+    from bytelm.data.seq2seq import heldout_examples, heldout_rows
     from bytelm.data.sources import open_corpus
     from bytelm.evals.seq2seq import score_targets
 
     if options.compare or options.window:
         raise ConfigError("--compare and --window are for models that go on with a text")
-    run = (options.model / "config.yaml").exists()
-    data = _run_data(options.model) if run else DataConfig(task="spans", seq_len=lm.window, batch_size=8)
+    data = _stored_data(options.model)
+    run = data is not None
+    if data is None:
+        if not options.task:
+            raise ConfigError(f"{options.model}: weights alone do not say what they were trained on: give --task")
+        data = DataConfig(task=options.task, seq_len=lm.window, batch_size=8)
     if options.task:
         data = dataclasses.replace(data, task=options.task)
     if options.text:
         text, name = open_corpus(options.text, text_field=options.text_field, where="--text"), ", ".join(options.text)
         data = dataclasses.replace(data, valid=options.text)
+    elif data.task in DIAGNOSTICS:
+        text, name = None, "texts drawn for it"
     elif run:
         text, name = load_text(data)[1], ", ".join(data.valid) or f"held out of {', '.join(data.train)}"
     else:
         raise ConfigError(f"{options.model} is not a run directory, so its texts are not known: give --text FILE")
     size = max(1, min(data.batch_size, lm.batch_bytes // data.seq_len))
-    result = score_targets(lm.report, heldout_rows(text, data, options.max_bytes), size)
+    result = score_targets(lm.report, heldout_rows(heldout_examples(text, data), data, options.max_bytes), size)
     if result is None:
         raise ConfigError(f"{name}: too little text for one example of the task {data.task}")
     record = {"model": str(options.model), "family": lm.config.family, "task": data.task, "text": name,
@@ -200,6 +207,15 @@ def _evaluate_targets(options: EvalOptions, lm: Any) -> int:
           f"ids right {record['accuracy']:.2%}")  # fmt: skip
     print(f"  encoder: {record['deleted']:.1%} deleted; the longest row of a batch keeps {record['longest']:.1%}")
     return EXIT_OK
+
+
+def _stored_data(path: Path) -> DataConfig | None:
+    """The data settings of a run directory or one of its checkpoints; None for weights alone."""
+    from bytelm.checkpoint import read_meta, stored_config
+
+    if (path / "config.yaml").exists():
+        return codec.load(path / "config.yaml").data
+    return stored_config(read_meta(path), str(path)).data if (path / "meta").is_dir() else None
 
 
 def _run_data(run: Path) -> DataConfig:

@@ -296,6 +296,17 @@ class DeletionConfig:
         require(0 <= self.capacity <= 1, f"deletion.capacity={self.capacity}: must be in [0, 1]")
         for name in ("weight", "k_p", "k_i", "delay", "score_weight"):
             require(getattr(self, name) >= 0, f"deletion.{name}={getattr(self, name)}: must not be negative")
+        require(
+            self.kind == "learned" or (self.weight == 0 and self.score_weight == 0),
+            f"deletion.weight={self.weight}, deletion.score_weight={self.score_weight}: only a learned gate has them",
+        )
+        require(
+            self.gated or self.train == "soft", f"deletion.train={self.train!r}: deletion.kind={self.kind} has no gate"
+        )
+        require(
+            self.train != "soft" or not self.straight_through,
+            "deletion.straight_through: soft deletion passes the gradient anyway; it goes with masked_hard or compact",
+        )
         if self.kind == "convolution":
             require(
                 self.stride >= 2 and abs(1 - 1 / self.stride - self.rate) < 0.005,

@@ -12,6 +12,7 @@ from bytelm.config import Config, ConfigError, FlatConfig, HNetConfig, StackConf
 from bytelm.data.seq2seq import target_length
 from bytelm.devices import CHIPS, Chip
 from bytelm.models.build import count_parameters, structure
+from bytelm.models.deletion import capacity_slots
 from bytelm.models.flops import TRAIN_FACTOR, forward_flops, t5_flops, target_bytes_per_chunk, trained_kept
 from bytelm.models.hnet_recipe import stage_of
 from bytelm.nn.relative import QUERY_BLOCK
@@ -185,6 +186,10 @@ def _t5_activation_bytes(model: T5Config, t: int, targets: int, width: int, tens
         return residual, dots, rest
 
     kept = trained_kept(model, {}) * t
+    if model.deletion.kind == "boundary":  # as many slots as bytes
+        kept = float(t)
+    elif model.deletion.gated and model.deletion.train == "compact":
+        kept = float(capacity_slots(model.deletion, t))
     some = [(model.first_layers, block(t, (t,))), (model.encoder_layers - model.first_layers, block(kept, (kept,))),
             (model.decoder_layers, block(targets, (targets, kept)))]  # fmt: skip
     total = again = 0.0

@@ -103,13 +103,15 @@ class Seq2SeqLM(ByteLM):
         return _finish(self.graph, self.params, seen, "compact", slots)
 
     def _groups(
-        self, sources: list[NDArray[np.int32]], targets: list[NDArray[np.int32]]
+        self, sources: list[NDArray[np.int32]], targets: list[NDArray[np.int32]], each: int = 1
     ) -> Iterator[tuple[list[int], Encoded, NDArray, NDArray]]:
-        """Groups rows of like length: (indices, encoded inputs, target inputs, their lengths)."""
+        """Groups rows of like length: (indices, encoded inputs, target inputs, their lengths). A row counts for its
+        longer side; `each` is what its target counts for beside its length."""
         order = sorted(range(len(sources)), key=lambda i: (len(sources[i]), len(targets[i])))
         while order:
             width = bucket(len(sources[order[-1]]), 32)
-            count = min(max(self.batch_bytes // width, 1), bucket(len(order)))
+            widest = max(width, each * bucket(max(len(targets[i]) for i in order), 8))
+            count = min(max(self.batch_bytes // widest, 1), bucket(len(order)))
             group, order = order[-count:], order[:-count]
             count = bucket(len(group))
             source, _ = pad_rows([sources[i] for i in group], count, width)
@@ -176,7 +178,7 @@ class Seq2SeqLM(ByteLM):
         out: list[tuple[bytes, float]] = [(b"", 0.0)] * len(inputs)
         start = np.array([self.ids.start], np.int32)
         sources = self._sources(inputs, len(inputs))
-        for group, encoded, _, _ in self._groups(sources, [start] * len(sources)):
+        for group, encoded, _, _ in self._groups(sources, [start] * len(sources), beams * max_bytes // 8 or 1):
             found, scores = search_beams(
                 self.graph, self.params, self._symbols, encoded, max_bytes, beams, np.float32(length_penalty)
             )

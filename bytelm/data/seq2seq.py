@@ -16,7 +16,7 @@ from bytelm.data.corpus import Corpus
 from bytelm.data.diagnostics import DIAGNOSTICS, Diagnostic, diagnostic_text, rewrite
 from bytelm.data.pieces import piece_ends
 from bytelm.data.readers import DataError
-from bytelm.data.spans import corrupt, noise_mask, span_lengths
+from bytelm.data.spans import SAFE_SENTINELS, corrupt, noise_counts, noise_mask, span_lengths
 from bytelm.vocab import T5_IDS
 
 Ids = NDArray[np.int32]
@@ -52,6 +52,13 @@ class SpanExamples(Examples):
     def __init__(self, corpus: Corpus, config: DataConfig, first: int = 0):
         self.corpus, self.config, self.first = corpus, config, first
         self.length = span_lengths(config.seq_len, config.noise_density, config.mean_span)[0]
+        spans = noise_counts(self.length, config.noise_density, config.mean_span)[1]
+        if spans > SAFE_SENTINELS:
+            raise ConfigError(
+                f"data.mean_span={config.mean_span}, data.noise_density={config.noise_density}: {spans} spans in a row "
+                f"of {config.seq_len}, but only {SAFE_SENTINELS} bytes never occur in text and can stand for one: make "
+                "spans longer, or fewer, or rows shorter"
+            )
         self.ends = piece_ends(corpus, 1, config.cache_dir)  # of each document and its end symbol, in ids
 
     def __reduce__(self):  # tables do not travel to worker processes
@@ -124,11 +131,11 @@ class PairExamples(Examples):
         self.pairs: list[tuple[bytes, bytes]] = []
         self._places: list[str] = []
         limits = config.seq_len - 1, target_length(config) - 1
+        last = 0 if heldout is None else _last_held_out(corpus, config.valid_fraction)
         for document in range(len(corpus)):
             name = corpus.place(document)[0]
-            for number, line in enumerate(corpus.read(document).split(b"\n"), 1):
-                line = line.removesuffix(b"\r")
-                if not line or (heldout is not None and _held_out(line, config.valid_fraction) != heldout):
+            for number, line in enumerate(_lines(corpus, document), 1):
+                if not line or (heldout is not None and (_hash(line) <= last) != heldout):
                     continue
                 sides = line.split(b"\t")
                 if len(sides) != 2:
@@ -165,8 +172,22 @@ def _open_pairs(corpus: Corpus, config: DataConfig, first: int, heldout: bool | 
     return PairExamples(corpus, config, first, heldout=heldout)
 
 
-def _held_out(line: bytes, fraction: float) -> bool:
-    return int.from_bytes(hashlib.sha256(line).digest()[:8], "big") < fraction * 2**64
+def _lines(corpus: Corpus, document: int) -> list[bytes]:
+    return [line.removesuffix(b"\r") for line in corpus.read(document).split(b"\n")]
+
+
+def _hash(line: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(line).digest()[:8], "big")
+
+
+def _last_held_out(corpus: Corpus, fraction: float) -> int:
+    """The greatest hash of a line that is held out: of those below `fraction` of all hashes, or the least of any; -1 if
+    the fraction is 0."""
+    if not fraction:
+        return -1
+    hashes = [_hash(line) for document in range(len(corpus)) for line in _lines(corpus, document) if line]
+    limit = int(fraction * 2**64)
+    return max((h for h in hashes if h < limit), default=min(hashes, default=-1))
 
 
 def _unescape(text: bytes) -> bytes:
@@ -227,16 +248,21 @@ def training_examples(sources: Sequence[Corpus], config: DataConfig) -> list[Exa
     return out
 
 
-def heldout_rows(corpus: Corpus, config: DataConfig, max_bytes: int = 0) -> Iterator[Row]:
-    """Rows of the held-out text until their sources hold `max_bytes` (0: all; of an endless task a quarter of a
-    mebibyte). The same in every run."""
+def heldout_examples(corpus: Corpus | None, config: DataConfig) -> Examples:
+    """The examples of the held-out text; a diagnostic needs none."""
     if config.task in DIAGNOSTICS:
-        examples: Examples = DiagnosticExamples(config)
+        return DiagnosticExamples(config)
+    assert corpus is not None
+    if config.task == "spans":
+        return SpanExamples(corpus, config)
+    return PairExamples(corpus, config, heldout=None if config.valid else True)
+
+
+def heldout_rows(examples: Examples, config: DataConfig, max_bytes: int = 0) -> Iterator[Row]:
+    """Rows of examples until their sources hold `max_bytes` (0: all; of an endless task a quarter of a mebibyte). The
+    same in every run."""
+    if len(examples) == DRAWN:
         max_bytes = max_bytes or 1 << 18
-    elif config.task == "spans":
-        examples = SpanExamples(corpus, config) if len(corpus) else PairExamples(corpus, config)
-    else:
-        examples = PairExamples(corpus, config, heldout=None if config.valid else True)
     seen = 0
     for i in range(len(examples)):
         if 0 < max_bytes <= seen:

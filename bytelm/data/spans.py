@@ -9,8 +9,7 @@ from bytelm.config import ConfigError
 from bytelm.vocab import T5_IDS
 
 FIRST_SENTINEL = 255 + T5_IDS.offset
-# 0xFF down to 0xF5 never occur in UTF-8; further sentinels are bytes that text may hold.
-SAFE_SENTINELS = 11
+SAFE_SENTINELS = 11  # 0xFF down to 0xF5 never occur in UTF-8; further ones would be bytes that text holds
 Ids = NDArray[np.int32]
 
 

@@ -4,7 +4,7 @@ Linear weights are [out, in] there. A head is its own matrix wherever the file h
 where the config says so: neither follows from the other (transformers 5 writes tie_word_embeddings true beside a head).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -37,13 +37,17 @@ def config_from(record: Mapping[str, Any], where: str, *, head: bool = True) -> 
     Raises ConfigError naming what is missing or not supported.
     """
 
-    def need(name: str, kind: type = int) -> Any:
-        value = record.get(name)
-        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
-            raise ConfigError(
-                f"{where}: {name} is {value!r}, expected {'a number' if kind is float else kind.__name__}"
-            )
+    def need(name: str, default: Any = None) -> int:
+        value = record.get(name) if record.get(name) is not None else default
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{where}: {name} is {value!r}, expected a whole number")
         return value
+
+    def number(name: str, default: float) -> float:
+        value = record.get(name) if record.get(name) is not None else default
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{where}: {name} is {value!r}, expected a number")
+        return float(value)
 
     feed = record.get("feed_forward_proj", "relu")
     if feed not in ("gated-gelu", "gated-gelu_new") or record.get("dense_act_fn", "gelu_new") != "gelu_new":
@@ -58,54 +62,53 @@ def config_from(record: Mapping[str, Any], where: str, *, head: bool = True) -> 
     for name, ours in (("pad_token_id", 0), ("eos_token_id", 1), ("decoder_start_token_id", 0)):
         if record.get(name, ours) not in (ours, None):
             raise ConfigError(f"{where}: {name} is {record[name]!r}; ByT5's ids have it at {ours}")
-    if record.get("vocab_size", 0) < 259:
+    if need("vocab_size") < 259:
         raise ConfigError(f"{where}: vocab_size {record.get('vocab_size')}: a byte model has at least 259")
     tied = bool(record.get("tie_word_embeddings", True))
     return T5Config(
         d_model=need("d_model"), num_heads=need("num_heads"), head_dim=need("d_kv"), d_mlp=need("d_ff"),
-        encoder_layers=need("num_layers"), decoder_layers=record.get("num_decoder_layers") or need("num_layers"),
-        buckets=record.get("relative_attention_num_buckets", 32),
-        max_distance=record.get("relative_attention_max_distance", 128),
-        dropout=float(record.get("dropout_rate", 0.1)), softmax_one=bool(record.get("use_softmax1", False)),
-        deletion=_deletion(record, where), tie_embeddings=not head,
+        encoder_layers=need("num_layers"), decoder_layers=need("num_decoder_layers", record.get("num_layers")),
+        buckets=need("relative_attention_num_buckets", 32),
+        max_distance=need("relative_attention_max_distance", 128),
+        dropout=number("dropout_rate", 0.1), softmax_one=bool(record.get("use_softmax1", False)),
+        deletion=_deletion(record, where, need, number), tie_embeddings=not head,
         scale_logits=bool(record.get("scale_decoder_outputs", tied)), vocabulary=need("vocab_size"),
-        norm_eps=float(record.get("layer_norm_epsilon", 1e-6)),
+        norm_eps=number("layer_norm_epsilon", 1e-6),
     )  # fmt: skip
 
 
-def _deletion(record: Mapping[str, Any], where: str) -> DeletionConfig:
+def _deletion(
+    record: Mapping[str, Any], where: str, need: Callable[..., int], number: Callable[[str, float], float]
+) -> DeletionConfig:
     kind = record.get("deletion_type")
     if kind is not None:
         if kind not in GATES:
             raise ConfigError(f"{where}: deletion_type {kind!r} is not supported; known: {', '.join(GATES)}")
-        scale = float(record.get("sigmoid_mask_scale", -10.0))
-        threshold = record.get("deletion_threshold")
+        scale = number("sigmoid_mask_scale", -10.0)
         rates = {"random": "random_deletion_probability", "fixed": "fixed_deletion_amount"}
         return DeletionConfig(
-            kind=GATES[kind], layer=record.get("delete_gate_layer", 2), scale=scale,
-            threshold=scale / 2 if threshold is None else float(threshold),
+            kind=GATES[kind], layer=need("delete_gate_layer", 2), scale=scale,
+            threshold=number("deletion_threshold", scale / 2),
             gate_norm=bool(record.get("gate_layer_norm", True)), noise=bool(record.get("use_gumbel_noise", False)),
-            rate=float(record.get(rates.get(kind, ""), 0.5)),
+            rate=number(rates.get(kind, ""), 0.5),
         )  # fmt: skip
     if "boundary_predictor_layer" in record:
         if record.get("temperature", 0.5) != 0.5:
             raise ConfigError(f"{where}: temperature {record['temperature']}: the boundary predictor has 0.5 here")
         return DeletionConfig(
-            kind="boundary", layer=record["boundary_predictor_layer"], rate=1 - float(record.get("prior", 0.5)),
-            released=True,
+            kind="boundary", layer=need("boundary_predictor_layer"), rate=1 - number("prior", 0.5),
+            released=not record.get("bytelm_exact_padding", False),
         )  # fmt: skip
     if "downsampling_layer" in record:
         return DeletionConfig(
-            kind="convolution", layer=record["downsampling_layer"], rate=1 - 1 / int(record["downsampling_rate"])
+            kind="convolution", layer=need("downsampling_layer"), rate=1 - 1 / max(need("downsampling_rate"), 1)
         )
     return DeletionConfig()
 
 
 def reference_config(config: T5Config) -> dict[str, Any]:
-    """The config.json of a model; one without anything that deletes is a plain `t5` that transformers loads.
-
-    Raises ConfigError for a model with softmax1 and no gate, which transformers' T5 cannot express.
-    """
+    """The config.json of a model. One with neither softmax1 nor anything that deletes is a plain `t5`, which
+    transformers loads; the others are for their authors' code, and transformers refuses their model_type."""
     d = config.deletion
     record: dict[str, Any] = {
         "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True,
@@ -127,10 +130,11 @@ def reference_config(config: T5Config) -> dict[str, Any]:
                    "deletion_threshold": d.threshold, "gate_layer_norm": d.gate_norm, "use_gumbel_noise": d.noise,
                    "random_deletion_probability": d.rate, "fixed_deletion_amount": d.rate}  # fmt: skip
     elif d.kind == "boundary":
-        record |= {"model_type": "t5", "boundary_predictor_layer": d.layer, "boundary_predictor_type": "gumbel",
+        record |= {"boundary_predictor_layer": d.layer, "boundary_predictor_type": "gumbel",
                    "prior": round(1 - d.rate, 6), "temperature": 0.5}  # fmt: skip
+        record |= {} if d.released else {"bytelm_exact_padding": True}
     elif d.kind == "convolution":
-        record |= {"model_type": "t5", "downsampling_layer": d.layer, "downsampling_rate": d.stride}
+        record |= {"downsampling_layer": d.layer, "downsampling_rate": d.stride}
     return record
 
 
@@ -254,5 +258,5 @@ def find_shared(names: Mapping[str, Any]) -> str:
 
 
 def keeps_float32(name: str) -> bool:
-    """Whether a tensor stays in float32 in a bfloat16 file: the gate, whose decisions rounding would flip."""
-    return "delete_gate" in name
+    """Whether a tensor stays in float32 in a bfloat16 file: gates, whose decisions rounding would flip."""
+    return "delete_gate" in name or "boundary_predictor" in name or "down_ln" in name

@@ -1,6 +1,7 @@
 """Weights as a directory: config.json (with our marker) and model.safetensors, one tensor per parameter path."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def is_weights_dir(path: Path) -> bool:
 def save_weights(path: Path, config: ModelConfig, params: Params, context: int, dtype: str = "float32") -> None:
     """Writes a weights directory. `context` is the row length the model was trained on. Raises ConfigError, OSError."""
     tensors = {path_string(where): np.asarray(leaf) for where, leaf in jax.tree.leaves_with_path(params)}
-    write_tensors(path, tensors, dtype, metadata={"format": MARKER})
+    gate = re.compile(r"(^|/)(delete_gate|boundary)/")  # whose decisions rounding would flip
+    write_tensors(path, tensors, dtype, keep=lambda name: bool(gate.search(name)), metadata={"format": MARKER})
     record = {"bytelm_format": MARKER, "context": context, "model": to_dict(config)}
     (path / "config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

@@ -89,10 +89,11 @@ class DecoderCache:
 @jax.tree_util.register_dataclass
 @dataclass
 class Control:
-    """What training tells a forward pass: the weight of the gate loss, and the key of everything random."""
+    """What training tells a forward pass: the weight of the gate loss, the key of everything random."""
 
     alpha: Float[Array, ""]
     key: Array
+    scores: Float[Array, ""] | float = 1.0  # factor of the score regulariser's weight
 
 
 def score_excess(config: T5Config, encoder: Array, decoder: Array) -> Array:
@@ -311,7 +312,7 @@ class T5(nnx.Module):
             metrics["deletion/alpha"] = control.alpha
             if d.score_weight:
                 metrics["deletion/excess"] = score_excess(self.config, more["excess"], excess)
-                loss += d.score_weight * metrics["deletion/excess"]
+                loss += d.score_weight * control.scores * metrics["deletion/excess"]
         if "boundary_loss" in more:
             loss += more["boundary_loss"]
             real = jnp.maximum(jnp.sum(source != PAD), 1)

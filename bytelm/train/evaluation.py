@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from bytelm.boundaries import Boundaries, first_rows, text_boundaries
 from bytelm.config import Config, T5Config
 from bytelm.data.corpus import Corpus
-from bytelm.data.seq2seq import heldout_rows
+from bytelm.data.seq2seq import heldout_examples, heldout_rows
 from bytelm.evals.bpb import BitsPerByte, bits_per_byte, first_bytes, window_scorer
 from bytelm.evals.seq2seq import TargetScore, score_targets
 from bytelm.models.build import byte_ids
@@ -70,7 +70,8 @@ class TargetEvaluation:
     """The same for an encoder-decoder: scores held-out examples, with hard deletion and with the gate's values."""
 
     def __init__(self, config: Config, mesh: Mesh, report_step: Any, text: Corpus):
-        self.config, self.mesh, self.text = config, mesh, text
+        self.config, self.mesh = config, mesh
+        self.examples = heldout_examples(text, config.data)
         self.rows = config.eval.batch_size or config.data.batch_size
         self._mine = rows_here(mesh, self.rows)
         self._report = report_step
@@ -83,7 +84,7 @@ class TargetEvaluation:
                 mine = {name: batch[name][self._mine] for name in SCORED}
                 return self._report(params, place_batch(mine, self.mesh, self._mine, self.rows), mode)
 
-            return score_targets(report, heldout_rows(self.text, self.config.data, max_bytes), self.rows)
+            return score_targets(report, heldout_rows(self.examples, self.config.data, max_bytes), self.rows)
 
         assert isinstance(self.config.model, T5Config)
         hard = score("masked_hard")

@@ -82,7 +82,7 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
         total = jnp.maximum(jnp.sum(batch["segments"] > 0), 1).astype(jnp.float32)
         gradient = jax.grad(partial(micro_loss, capacity=capacity), has_aux=True)
         key = jax.random.fold_in(jax.random.key(config.train.seed), state["step"])
-        control = Control(_alpha(state), key) if reads else None
+        control = _control(config.model, state, key) if isinstance(config.model, T5Config) else None
         if accum == 1:
             grads, (metrics, needs) = gradient(state["params"], batch, total, control)
         else:
@@ -129,9 +129,11 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
     return jax.jit(step, donate_argnums=0, static_argnums=2, out_shardings=(setup.shardings, setup.replicated))
 
 
-def _alpha(state: State) -> Array:
-    """Weight of the gate loss in the step to come."""
-    return state["deletion"]["alpha"] if "deletion" in state else jnp.zeros((), jnp.float32)
+def _control(model: T5Config, state: State, key: Array) -> Control:
+    """What the step to come is told; in the first `deletion.delay` steps neither regulariser counts."""
+    started = (state["step"] >= model.deletion.delay).astype(jnp.float32)
+    alpha = state["deletion"]["alpha"] if "deletion" in state else jnp.zeros((), jnp.float32)
+    return Control(started * alpha, key, started)
 
 
 def make_report_step(config: Config, setup: Setup) -> Callable[[Params, DeviceBatch, Mode], dict[str, Array]]:

@@ -11,7 +11,15 @@ from bytelm.config import Config, ConfigError, DataConfig, FlatConfig, T5Config
 from bytelm.data.diagnostics import DIAGNOSTICS, diagnostic_text, rewrite
 from bytelm.data.pipeline import Batches, load_text
 from bytelm.data.readers import DataError
-from bytelm.data.seq2seq import SpanExamples, heldout_rows, make_row, target_length, to_ids, training_examples
+from bytelm.data.seq2seq import (
+    SpanExamples,
+    heldout_examples,
+    heldout_rows,
+    make_row,
+    target_length,
+    to_ids,
+    training_examples,
+)
 from bytelm.data.sources import open_corpus
 from bytelm.data.spans import FIRST_SENTINEL, corrupt, noise_mask, span_lengths
 from bytelm.vocab import T5_IDS
@@ -163,7 +171,7 @@ def test_pairs_are_read_unescaped_and_split(tmp_path):
     lines = [b"in %d\tout %d" % (i, i) for i in range(200)] + [b"a\\tb\\\\n\tc\\nd\r", b""]
     config, (sources, held) = pairs(tmp_path, b"\n".join(lines), valid_fraction=0.2, batch_size=4)
     (train,) = training_examples(sources, config)
-    rows = list(heldout_rows(held, config))
+    rows = list(heldout_rows(heldout_examples(held, config), config))
     assert len(train) + len(rows) == 201
     assert 20 < len(rows) < 60
     seen = {train.pairs[i][0] for i in range(len(train))}
@@ -188,6 +196,14 @@ def test_long_pairs_are_cut_when_asked(tmp_path):
     config, (sources, _) = pairs(tmp_path, b"x" * 40 + b"\t" + b"y" * 40, valid_fraction=0.0, truncate=True)
     (train,) = training_examples(sources, config)
     assert train.pairs == [(b"x" * 15, b"y" * 15)]
+
+
+def test_a_few_pairs_hold_out_one_and_many_spans_are_refused(tmp_path):
+    config, (sources, held) = pairs(tmp_path, b"a\tb\nc\td\ne\tf", valid_fraction=1e-9)
+    assert len(training_examples(sources, config)[0]) == 2
+    assert len(heldout_examples(held, config)) == 1
+    with pytest.raises(ConfigError, match="only 11 bytes never occur"):
+        training_examples(load_text(spans())[0], DataConfig(task="spans", seq_len=1024, mean_span=3.0))
 
 
 def test_tasks_go_with_encoder_decoders():

@@ -114,9 +114,11 @@ def test_heads_and_scaling_follow_the_file_and_the_config_apart(saved):
 
 @pytest.mark.parametrize("kind", ["learned", "random", "fixed", "boundary", "convolution"])
 def test_every_kind_survives_its_authors_config(kind):
-    config = t5(kind, deletion={"rate": 0.5, **({"released": True} if kind == "boundary" else {})})
-    again = names.config_from(names.reference_config(config), "x")
-    assert again == config
+    for released in (False, kind == "boundary"):
+        config = t5(kind, deletion={"rate": 0.5, "released": released})
+        record = names.reference_config(config)
+        assert names.config_from(record, "x") == config
+        assert record["model_type"] == "mrt5"
     shapes = structure(config)[1]
     dense = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), shapes)
     back = names.params_from(names.state_dict(dense, config), config)
@@ -130,6 +132,8 @@ def test_every_kind_survives_its_authors_config(kind):
         ({"has_absolute_position_embeddings": True}, "absolute positions"), ({"d_model": "64"}, "d_model is '64'"),
         ({"pad_token_id": 5}, "pad_token_id is 5"), ({"vocab_size": 100}, "vocab_size 100"),
         ({"deletion_type": "log_sigmoid"}, "log_sigmoid"), ({"num_heads": None}, "num_heads is None"),
+        ({"vocab_size": None}, "vocab_size is None"), ({"dropout_rate": "a lot"}, "dropout_rate is 'a lot'"),
+        ({"deletion_type": "fixed", "delete_gate_layer": "3"}, "delete_gate_layer is '3'"),
     ],
 )  # fmt: skip
 def test_configs_that_are_not_supported_are_refused(saved, change, said):

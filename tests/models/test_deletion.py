@@ -38,6 +38,17 @@ def test_controller_follows_the_reference_s_traces(root):
             assert float(state["alpha"]) == pytest.approx(wanted, rel=1e-5, abs=1e-8)
 
 
+def test_neither_regulariser_counts_during_the_delay():
+    from bytelm.train.step import _control
+    from tiny import t5
+
+    model = t5(deletion={"delay": 3, "weight": 0.2, "controller": False, "score_weight": 0.5})
+    for step in (0, 2, 3):
+        state = {"step": jnp.int32(step), "deletion": first_control(model.deletion)}
+        told = _control(model, state, jax.random.key(0))
+        assert (float(told.alpha), float(told.scores)) == ((0.0, 0.0) if step < 3 else (pytest.approx(0.2), 1.0))
+
+
 def test_controller_waits_and_can_be_off():
     waits = DeletionConfig(kind="learned", delay=3, weight=0.01)
     state = first_control(waits)
