@@ -170,11 +170,16 @@ theirs = T5ForConditionalGeneration(T5Config.from_pretrained(folder + "/m"))
 for p in theirs.parameters():
     p.data = p.data + 0.3 * torch.randn_like(p) / max(p.shape[-1], 1) ** 0.5
 theirs.save_pretrained(new)
-beams = ours.generate(source, attention_mask=(source > 0).long(), num_beams=4, max_new_tokens=5, do_sample=False,
-                      early_stopping=False, length_penalty=1.0, suppress_tokens=[0, 2, *range(259, 384)],
-                      renormalize_logits=True, return_dict_in_generate=True, output_scores=True)
-save_file({"ours": logits(ours), "theirs": logits(theirs), "beams": beams.sequences.numpy(),
-           "beam_scores": beams.sequences_scores.numpy()}, folder + "/out.safetensors")
+found = [  # row by row: on padded rows transformers 5.24 generates something else than its own forward pass says
+    ours.generate(row[row > 0][None], num_beams=4, max_new_tokens=5, do_sample=False, early_stopping=False,
+                  length_penalty=1.0, suppress_tokens=[0, 2, *range(259, 384)], renormalize_logits=True,
+                  return_dict_in_generate=True, output_scores=True)
+    for row in source
+]
+beams = np.stack([np.pad(f.sequences[0].numpy(), (0, 6 - len(f.sequences[0]))) for f in found])
+scores = np.array([float(f.sequences_scores[0]) for f in found])
+save_file({"ours": logits(ours), "theirs": logits(theirs), "beams": beams, "beam_scores": scores},
+          folder + "/out.safetensors")
 """
 
 
