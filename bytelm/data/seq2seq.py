@@ -5,6 +5,7 @@ is a random-access source of items, and a function from an item and a random gen
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -25,24 +26,24 @@ DRAWN = 1 << 24  # items of an endless task
 HELDOUT_SEED = 20250925  # of the examples that models are measured on, which are the same in every run
 
 
-class Examples:
+class Examples(ABC):
     """Items 0 .. len - 1, numbered from `first` in messages and batches."""
 
     first: int
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
+    @abstractmethod
     def example(self, item: dict[str, Any], rng: np.random.Generator) -> tuple[Ids, Ids]:
         """Source and target ids, both with their end symbol."""
-        raise NotImplementedError
 
+    @abstractmethod
     def where(self, index: int) -> str:
         """What messages call an item."""
-        raise NotImplementedError
 
 
 class SpanExamples(Examples):
