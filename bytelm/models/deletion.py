@@ -6,7 +6,6 @@ byte; hard deletion takes away the bytes whose value is not above `threshold`.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,9 +134,6 @@ def slot_sizes(row: int, count: int = 32, multiple: int = 8) -> Sequence[int]:
     step = max(-(-row // count), 1)
     step = -(-step // multiple) * multiple
     return sorted({min(step * (i + 1), row) for i in range(count)} | {row})
-
-
-Counts = dict[str, Any]
 
 
 def deletion_metrics(

@@ -19,7 +19,7 @@ def report_rows(network: T5, batch: dict[str, Array], mode: Mode) -> dict[str, A
 
 def rows(network: T5, batch: dict[str, Array], seen: Seen, encoded: Encoded) -> dict[str, Array]:
     """Of each row [b]: nats of its targets, how many there are, how many the model would have written itself, given
-    those in front of them; bytes of the source, how many of them the gate deletes, and the slots that are left."""
+    those in front of them; bytes of the source, and how many of them (or segments) the encoder keeps."""
     logits, _ = network.decode(batch["inputs"], encoded)
     scored = batch["segments"] > 0
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -31,9 +31,8 @@ def rows(network: T5, batch: dict[str, Array], seen: Seen, encoded: Encoded) -> 
         return jnp.sum(x, axis=1).astype(jnp.int32)
 
     real = batch["source"] != PAD
-    kept = encoded.position < real.shape[1] if encoded.visible is None else encoded.visible
-    if encoded.gate is not None:  # soft deletion keeps every slot
-        kept = seen.keep if seen.keep is not None else kept
-    kept = count(kept & real) if kept.shape == real.shape and encoded.position.shape == real.shape else count(kept)
+    kept = real if encoded.visible is None else encoded.visible
+    if encoded.gate is not None and seen.keep is not None:  # soft deletion has every slot, and deletes by its values
+        kept = seen.keep & real
     return {"nats": jnp.sum(jnp.where(scored, nll, 0), axis=1), "targets": count(scored), "right": count(right),
-            "real": count(real), "kept": kept}  # fmt: skip
+            "real": count(real), "kept": count(kept)}  # fmt: skip

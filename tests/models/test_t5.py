@@ -92,7 +92,7 @@ def test_steps_equal_the_whole_decoder(kind):
     config, params = built(kind, deletion={"rate": 0.5})
     batch = seq2seq_batch()
     _, kept = _encoder(config, "compact", None)(params, batch["source"])
-    inputs, t = jnp.asarray(batch["inputs"]), 9
+    inputs = batch["inputs"]
 
     @jax.jit
     def both(params):
@@ -110,7 +110,6 @@ def test_steps_equal_the_whole_decoder(kind):
     for row, start in enumerate((3, 2, 1)):
         np.testing.assert_allclose(first[row], whole[row, start - 1], atol=2e-5)
         np.testing.assert_allclose(rest[row], whole[row, start : start + 5], atol=2e-5)
-    assert t == inputs.shape[1]
 
 
 def test_the_decoder_is_causal_and_reads_the_source():
