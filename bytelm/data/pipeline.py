@@ -209,19 +209,13 @@ class Batches:
                 f"the training text has changed since the checkpoint: documents, bytes, hashes were {state['text']}, "
                 f"are {self._text}; its data position does not fit"
             )
-        self._packing: list[Any] = [
-            config.packing,
-            config.seq_len,
-            _piece(config),
-            config.packing_bins,
-            config.shuffle,
-            seed,
-        ]
+        shape: list[Any] = [config.packing, config.seq_len, _piece(config), config.packing_bins, config.shuffle, seed]
         if config.task != "text":
-            self._packing += [config.task, target_length(config), config.noise_density, config.mean_span]
+            shape += [config.task, target_length(config), config.noise_density, config.mean_span]
+        self._packing = shape
         if state is not None and state["packing"] != self._packing:
             raise ConfigError(
-                "data.packing, seq_len, piece_bytes, packing_bins, shuffle or train.seed have changed since the "
+                "data.packing, seq_len, piece_bytes, packing_bins, shuffle, task and its fields, or train.seed changed since the "
                 f"checkpoint ({state['packing']} -> {self._packing}): its data position does not fit; set them back, "
                 "or start a new run from its weights with train.init_from"
             )
