@@ -215,7 +215,7 @@ class Batches:
         self._packing = shape
         if state is not None and state["packing"] != self._packing:
             raise ConfigError(
-                "data.packing, seq_len, piece_bytes, packing_bins, shuffle, the task or train.seed have changed since the "
+                "data.packing, seq_len, piece_bytes, packing_bins, shuffle, task or train.seed have changed since the "
                 f"checkpoint ({state['packing']} -> {self._packing}): its data position does not fit; set them back, "
                 "or start a new run from its weights with train.init_from"
             )
