@@ -17,7 +17,7 @@ from bytelm.data.pipeline import load_text
 from bytelm.metrics import read_metrics
 from bytelm.models.build import structure
 from bytelm.parallel.mesh import make_mesh
-from bytelm.train import loop
+from bytelm.train import evaluation, loop
 from bytelm.train.loop import Diverged, train
 from bytelm.train.state import init_state, plan_state
 from tiny import run_config
@@ -217,8 +217,8 @@ def test_training_goes_on_on_another_mesh(tmp_path):
 def test_step_compiles_once(tmp_path, monkeypatch):
     """Six steps with two evaluations: one trace of the train step, one of the evaluation."""
     traces = []
-    for name in ("make_train_step", "make_eval_step"):
-        real = getattr(loop, name)
+    for module, name in ((loop, "make_train_step"), (evaluation, "make_eval_step")):
+        real = getattr(module, name)
 
         def counting(*args, real=real, name=name):
             f = real(*args)
@@ -230,7 +230,7 @@ def test_step_compiles_once(tmp_path, monkeypatch):
 
             return call
 
-        monkeypatch.setattr(loop, name, counting)
+        monkeypatch.setattr(module, name, counting)
     train(run_config(tmp_path / "run", eval={"every": 3}))
     assert {count for _, count in traces} == {1} and {name for name, _ in traces} == {
         "make_train_step",
