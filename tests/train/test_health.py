@@ -95,6 +95,7 @@ def test_weights_that_give_no_finite_loss_are_not_gone_back_to(tmp_path, monkeyp
     assert train(config).step == 30
 
 
+@pytest.mark.slow
 def test_resume_keeps_the_count(poisoned, tmp_path):
     train(poisoned)
     whole = records(tmp_path / "run")

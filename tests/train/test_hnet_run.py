@@ -200,6 +200,7 @@ def test_fine_tuning_from_a_published_checkpoint(root, tmp_path):
         train(hnet_run(tmp_path / "no", model=other, train={"init_from": str(source)}))
 
 
+@pytest.mark.slow
 def test_reserved_bytes_in_the_text(tmp_path):
     text = tmp_path / "t.txt"
     text.write_bytes(b"plain text " * 300 + b"\xff\xfe" + b" more text" * 300)

@@ -255,6 +255,7 @@ def test_profiler_window_and_tensorboard(tmp_path):
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_profiler_window_across_a_resume(tmp_path):
     """A run that ends, and one that begins, inside the window."""
     profiler = {"profile_start": 1, "profile_steps": 4}
@@ -291,6 +292,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
         train(config)
 
 
+@pytest.mark.slow
 def test_best_is_replaced_when_the_run_goes_another_way(tmp_path):
     """best/ of steps that a fall-back undid goes away, and the same step can be saved as best again."""
     config = run_config(tmp_path / "run", steps=4, eval={"every": 1}, optim={"schedule": "constant"})
@@ -361,6 +363,7 @@ def test_batch_that_the_mesh_cannot_split_is_refused(tmp_path):
         train(run_config(tmp_path / "run", data={"batch_size": 4}))
 
 
+@pytest.mark.slow
 def test_mamba_only_and_full_attention_run(tmp_path):
     for layout in ("m1", "T1"):
         stack = StackConfig(layout=layout, d_model=16, num_heads=2, d_mlp=16, ssm=SSMConfig(head_dim=8))
