@@ -40,6 +40,7 @@ class SampleOptions:
     reserved: Literal["error", "replace"] | None = None  # bytes the model keeps for itself; none: as it was trained
     config: Path | None = None  # the reference's config JSON, for a bare file of weights
     checkpoint: str = "latest"  # latest, best, or a step
+    semantics: Literal["masked", "canonical", "lastfree"] | None = None  # of a tokenized model's bytes; none: masked
 
 
 def sample(args: list[str]) -> int:
@@ -47,7 +48,8 @@ def sample(args: list[str]) -> int:
     prompt = (
         options.prompt_file.read_bytes() if options.prompt_file else options.prompt.encode("utf-8", "surrogateescape")
     )
-    lm = bytelm.load(options.model, checkpoint=options.checkpoint, reserved=options.reserved, config=options.config)
+    lm = bytelm.load(options.model, checkpoint=options.checkpoint, reserved=options.reserved, config=options.config,
+                     semantics=options.semantics)  # fmt: skip
     out = sys.stdout.buffer
     source = None if options.input is None else options.input.encode("utf-8", "surrogateescape")
     if options.beams != 1:
@@ -97,6 +99,7 @@ class EvalOptions:
     reserved: Literal["error", "replace"] | None = None  # bytes the model keeps for itself; none: as it was trained
     config: Path | None = None  # the reference's config JSON, for a bare file of weights
     checkpoint: str = "latest"  # latest, best, or a step
+    semantics: Literal["masked", "canonical", "lastfree"] | None = None  # of a tokenized model's bytes; none: masked
     json: bool = False  # print one JSON object
 
 
@@ -112,7 +115,7 @@ def evaluate(args: list[str]) -> int:
     if options.window < 0 or options.max_bytes < 0:
         raise ConfigError("--window and --max-bytes must not be negative")
     lm = bytelm.load(options.model, checkpoint=options.checkpoint, reserved=options.reserved, config=options.config,
-                     deletion=options.deletion)  # fmt: skip
+                     deletion=options.deletion, semantics=options.semantics)  # fmt: skip
     if isinstance(lm, Seq2SeqLM):
         return _evaluate_targets(options, lm)
     if options.task is not None:

@@ -11,6 +11,10 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from bytelm.boundaries import Boundaries, first_rows, text_boundaries
+from bytelm.byteview.byte_view import TokenizedLM
+from bytelm.byteview.token_model import TokenModel
+from bytelm.byteview.token_model import structure as token_structure
+from bytelm.byteview.tokenizer_files import read_vocabulary
 from bytelm.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -21,7 +25,8 @@ from bytelm.checkpoint import (
 )
 from bytelm.config import Config, ConfigError, ModelConfig, T5Config
 from bytelm.generate import bucket, generate_bytes, pad_rows, visible_inputs
-from bytelm.interop.published import NO_MODEL, is_model, open_model
+from bytelm.interop import token_lm
+from bytelm.interop.published import NO_MODEL, is_model, open_model, open_tensors, read_record, weights_file
 from bytelm.models.build import Params, byte_ids, structure
 from bytelm.protocol import ByteLM, Score, Text, log_softmax
 from bytelm.seq2seq_lm import Seq2SeqLM
@@ -172,18 +177,26 @@ def load(
     reserved: str | None = None,
     wait: float = 0.0,
     deletion: str | None = None,
+    semantics: str | None = None,
 ) -> ByteLM:
     """Loads a model as a ByteLM: a run directory of `bytelm train`, one of its checkpoints, a weights directory of
-    `bytelm convert`, a folder with an H-Net, ByT5 or MrT5 checkpoint and its config.json, or a bare file of
-    weights with its `config`.
+    `bytelm convert`, a folder with an H-Net, ByT5 or MrT5 checkpoint and its config.json, a bare file of weights with
+    its `config`, or a folder of transformers with a tokenized model (GPT-2, Llama, Mistral, Qwen) and its tokenizer.
 
     `checkpoint` is latest, best, or a step; `dtype` overrides the compute type (float32, bfloat16); `reserved` (None:
-    as the run was trained, else error) and `wait` as in `NetworkLM`; `deletion` as in `Seq2SeqLM`. Raises
-    CheckpointError when nothing readable is there, ConfigError for what this version cannot load.
+    as the run was trained, else error) and `wait` as in `NetworkLM`; `deletion` as in `Seq2SeqLM`; `semantics` (None:
+    masked) as in `TokenizedLM`. Raises CheckpointError when nothing readable is there, ConfigError for what this
+    version cannot load.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
+    if path.is_dir() and token_lm.is_token_lm(read_record(path)):
+        return _tokenized(path, dtype, semantics)
+    if semantics is not None:
+        raise ConfigError(
+            f"semantics={semantics!r}: {path} is no tokenized model, its byte probabilities mean one thing"
+        )
     if is_model(path):
         stored = open_model(path, Path(config) if config else None)
         network = _with_dtype(stored.config, dtype)
@@ -193,6 +206,16 @@ def load(
     run, params = load_run(path, checkpoint)
     kept = reserved or run.data.reserved
     return _as_lm(_with_dtype(run.model, dtype), params, run.data.seq_len, kept, wait, deletion)
+
+
+def _tokenized(path: Path, dtype: str | None, semantics: str | None) -> TokenizedLM:
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"dtype {dtype!r}: choose float32 or bfloat16")
+    record = read_record(path)
+    config = token_lm.config_from(record, f"{path}/config.json", dtype or "float32")
+    vocabulary, file = read_vocabulary(path, record), weights_file(path)
+    params = token_lm.params_from(open_tensors(file), config, token_structure(config)[1], str(file))
+    return TokenizedLM(TokenModel(config, params), vocabulary, semantics or "masked")
 
 
 def _as_lm(

@@ -93,11 +93,12 @@ def open_model(path: Path, config_file: Path | None = None) -> StoredModel:
             raise CheckpointError(f"{path}: expected one .pt or .safetensors file beside config.json; found: {found}")
         return _hnet(record, f"{path}/config.json", files[0])
     if t5.is_t5(record):
-        return _t5(record, f"{path}/config.json", _t5_file(path))
+        return _t5(record, f"{path}/config.json", weights_file(path))
     kind = record.get("model_type", "unknown") if record else None
     raise CheckpointError(
         f"{path}: {NO_MODEL}" if kind is None else
-        f"{path}: this version of bytelm does not load {kind} models; it loads its own, H-Net, ByT5 and MrT5"
+        f"{path}: this version of bytelm does not load {kind} models; it loads its own, H-Net, ByT5, MrT5, and the "
+        "byte view of GPT-2, Llama, Mistral and Qwen 2 and 3"
     )  # fmt: skip
 
 
@@ -190,18 +191,18 @@ def _hnet(record: dict, where: str, file: Path) -> StoredModel:
     return StoredModel(config, hnet.TRAINED_LENGTH, lambda: _read_params(file, config, open_tensors(file)))
 
 
-T5_FILES = (
+WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
     "flax_model.msgpack",
 )  # fmt: skip
 
 
-def _t5_file(folder: Path) -> Path:
+def weights_file(folder: Path) -> Path:
     """The weights that a folder of transformers holds, in this order."""
-    for name in T5_FILES:
+    for name in WEIGHT_FILES:
         if (folder / name).exists():
             return folder / name
-    raise CheckpointError(f"{folder}: no weights beside config.json; looked for {', '.join(T5_FILES)}")
+    raise CheckpointError(f"{folder}: no weights beside config.json; looked for {', '.join(WEIGHT_FILES)}")
 
 
 def _t5(record: dict, where: str, file: Path) -> StoredModel:

@@ -1,0 +1,232 @@
+"""A tokenized language model as a byte language model, by the Byte-Token Representation Lemma (Phan et al. 2024)."""
+
+from collections.abc import Iterator, Sequence
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bytelm.byteview.cover import Grammar, Node, Semantics, Tree, log_sum
+from bytelm.byteview.token_model import Session, TokenModel
+from bytelm.byteview.vocabulary import Vocabulary
+from bytelm.config import ConfigError
+from bytelm.generate import Sampling
+from bytelm.protocol import ByteLM, Score, Text
+from bytelm.vocab import END, encode
+from bytelm.windows import DEFAULT_WINDOW, scoring_windows, visible_from
+
+BLOCK = 256  # nodes that the model reads at once
+
+
+class ImpossibleText(ValueError):
+    """A text that no text of the tokenizer begins with; the message says where and why."""
+
+
+class TokenizedLM(ByteLM):
+    """Next-byte probabilities of a token model, free of the bias of cutting a prompt into tokens.
+
+    `semantics`: masked (each step keeps to tokens with which some text begins, renormalised: an exact distribution over
+    canonical strings of tokens), canonical (the same covers with the model's raw probabilities), lastfree (as
+    canonical, the last token of a cover not tested).
+    """
+
+    def __init__(self, model: TokenModel, vocabulary: Vocabulary, semantics: str = "masked"):
+        if semantics not in get_args(Semantics):
+            raise ConfigError(f"semantics={semantics!r}: choose {', '.join(get_args(Semantics))}")
+        self.semantics: Semantics = semantics  # type: ignore[assignment]
+        if vocabulary.start is None:
+            raise ConfigError("the tokenizer has no token that starts a text, so the first one has no probability: "
+                              "name one (bos_token in tokenizer_config.json)")  # fmt: skip
+        self.model, self.vocabulary = model, vocabulary
+        self.grammar = Grammar(vocabulary)
+        # A text of so many bytes never has more tokens than the model has positions, the start symbol among them.
+        self.window = max(min(DEFAULT_WINDOW, model.config.context - 1 - len(vocabulary.lead)), 1)
+
+    # Trees.
+
+    def tree(self, text: bytes) -> Tree:
+        """The covers of a text; the model has seen none of them yet."""
+        assert self.vocabulary.start is not None
+        tree = Tree(self.grammar, self.semantics, self.vocabulary.start)
+        for byte in self.vocabulary.lead + text:
+            tree.push(byte)
+        return tree
+
+    def _read(self, session: Session, trees: Sequence[Tree]) -> None:
+        """Lets the model see the new nodes of some trees, all of them at once."""
+        todo = [(tree, node) for tree in trees for node in tree.new]
+        for first in range(0, len(todo), BLOCK):
+            part = todo[first : first + BLOCK]
+            for (tree, node), row in zip(part, session.read([node for _, node in part])):
+                tree.fill(node, row)
+        for tree in trees:
+            tree.new.clear()
+
+    def logprobs_batch(self, prefixes: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> NDArray[np.float64]:
+        """Raises ImpossibleText where no text begins with a prefix."""
+        _no_inputs(inputs)
+        texts = [encode(p) for p in prefixes]
+        texts = [t[visible_from(len(t), self.window) :] for t in texts]
+        trees = [self.tree(t) for t in texts]
+        self._read(self.model.session(), trees)
+        out = np.stack([tree.logprobs() for tree in trees]) if trees else np.zeros((0, END + 1))
+        for text, tree in zip(texts, trees):
+            if not tree.possible():
+                raise ImpossibleText(self.why(text))
+        return out
+
+    def why(self, text: bytes) -> str:
+        """Why no text of the tokenizer begins with these bytes."""
+        end = next(n for n in range(1, len(text) + 1) if not self.tree(text[:n]).possible())
+        return (
+            f"no text of this tokenizer begins with these bytes: nothing spells byte 0x{text[end - 1]:02X} at offset "
+            f"{end - 1} (bytes that are no UTF-8, or a character that its tokens cannot write, have probability 0 "
+            f"under semantics={self.semantics})"
+        )
+
+    # Scores.
+
+    def score_batch(
+        self,
+        texts: Sequence[Text],
+        contexts: Sequence[Text] | None = None,
+        window: int | None = None,
+        *,
+        inputs: Sequence[Text] | None = None,
+    ) -> list[Score]:
+        """One pass of the model over the whole tree of a text. A byte that cannot stand where it does has -inf, and so
+        have those behind it."""
+        _no_inputs(inputs)
+        if window is not None and not 1 <= window <= self.window:
+            raise ConfigError(f"window={window}: must be in 1 .. {self.window} bytes, which this model has room for")
+        after = [encode(t) for t in texts]
+        before = [b""] * len(after) if contexts is None else [encode(c) for c in contexts]
+        if len(before) != len(after):
+            raise ValueError(f"{len(after)} texts but {len(before)} contexts")
+        scores = []
+        for context, text in zip(before, after):
+            logs = np.zeros(len(text))
+            for first, end, scored in scoring_windows(len(context), len(context) + len(text), window or self.window):
+                part = self._score((context + text)[first:end], scored - first)
+                logs[scored - len(context) : end - len(context)] = part
+            scores.append(Score(float(logs.sum()), logs))
+        return scores
+
+    def _score(self, text: bytes, scored: int) -> NDArray[np.float64]:
+        """ln p of each byte of a text from place `scored` on."""
+        tree, session = self.tree(text), self.model.session(1 << max(len(text), 1).bit_length())
+        lead = len(self.vocabulary.lead)
+        total, exact = lead + len(text), self.semantics == "masked"
+        mass = np.full(total + 1, -np.inf)  # of the covers of the first n bytes
+        symbols = np.full((total, END + 1), -np.inf) if not exact else None
+        mass[0] = 0.0
+        for first in range(0, len(tree.new), BLOCK):
+            nodes = tree.new[first : first + BLOCK]
+            for node, row in zip(nodes, session.read(nodes)):
+                tree.fill(node, row)
+                for n, (low, high) in enumerate(node.ranges, node.end):
+                    if low == high:
+                        continue
+                    if symbols is None and n > node.end:
+                        mass[n] = np.logaddexp(mass[n], tree.reaching(node, n) + node.logp)
+                    if symbols is not None and n < total:
+                        symbols[n] = np.logaddexp(symbols[n], tree.inside(node, n) + node.logp)
+                node.row = None  # its children know what it says of them
+        with np.errstate(invalid="ignore"):
+            if symbols is not None:
+                rows = symbols[lead + scored :]
+                logs = np.array([row[c] - log_sum(row) for row, c in zip(rows, text[scored:])])
+            else:
+                logs = np.diff(mass[lead + scored :])
+        dead = np.flatnonzero(~np.isfinite(logs))
+        if len(dead):
+            logs[dead[0] :] = -np.inf
+        return logs
+
+    # Samples.
+
+    def _continue(
+        self,
+        prompts: list[bytes],
+        inputs: list[bytes] | None,
+        max_bytes: int,
+        sampling: Sampling,
+        seed: int,
+        stop: tuple[bytes, ...],
+        block: int,
+    ) -> Iterator[list[bytes]]:
+        _no_inputs(inputs)
+        if any(len(p) + max_bytes > self.window for p in prompts):
+            raise ConfigError(f"prompt and continuation are longer than the {self.window} bytes that this model has "
+                              "room for: shorten the prompt or ask for fewer bytes")  # fmt: skip
+        rows = [_Row(self.tree(p), np.random.default_rng([seed, i])) for i, p in enumerate(prompts)]
+        session = self.model.session()
+        self._read(session, [row.tree for row in rows])
+        for row, prompt in zip(rows, prompts):
+            if not row.tree.possible():
+                raise ImpossibleText(self.why(prompt))
+        given = [0] * len(rows)
+        for made in range(1, max_bytes + 1):
+            live = [row for row in rows if not row.done]
+            if not live:
+                break
+            for row in live:
+                session.forget(row.draw(sampling, stop))
+            self._read(session, [row.tree for row in live if not row.done])
+            if made % block == 0:
+                yield self._given(rows, given, stop)
+        for row in rows:
+            row.done = True
+        yield self._given(rows, given, stop)
+
+    @staticmethod
+    def _given(rows: "list[_Row]", given: list[int], stop: tuple[bytes, ...]) -> list[bytes]:
+        """What each row has made since it was asked last; what may be the beginning of a stop string waits."""
+        out, wait = [], max((len(s) for s in stop), default=1) - 1
+        for i, row in enumerate(rows):
+            end = len(row.made) if row.done else max(len(row.made) - wait, given[i])
+            out.append(bytes(row.made[given[i] : end]))
+            given[i] = end
+        return out
+
+
+class _Row:
+    """A text that is being made."""
+
+    def __init__(self, tree: Tree, rng: np.random.Generator):
+        self.tree, self.rng = tree, rng
+        self.made = bytearray()
+        self.done = False
+
+    def draw(self, sampling: Sampling, stop: tuple[bytes, ...]) -> list[Node]:
+        """One more byte, or the end. Gives the nodes that nothing will look at any more."""
+        symbol = choose(self.tree.logprobs(), sampling, self.rng)
+        if symbol == END:
+            self.done = True
+            return []
+        self.made.append(symbol)
+        for s in stop:
+            if self.made.endswith(s):
+                del self.made[-len(s) :]
+                self.done = True
+                return []
+        return self.tree.drop(self.tree.push(symbol))
+
+
+def choose(logs: NDArray[np.float64], sampling: Sampling, rng: np.random.Generator) -> int:
+    """Draws a symbol: top_k first, then top_p of what is left, keeping the symbol that crosses p."""
+    if sampling.temperature == 0:
+        return int(np.argmax(logs))
+    order = np.argsort(-logs, kind="stable")
+    ranked = logs[order] / sampling.temperature
+    if sampling.top_k:
+        ranked[sampling.top_k :] = -np.inf
+    p = np.exp(ranked - log_sum(ranked))
+    if sampling.top_p < 1:
+        p[np.cumsum(p) - p >= sampling.top_p] = 0
+    return int(order[rng.choice(len(p), p=p / p.sum())])
+
+
+def _no_inputs(inputs: Sequence[Text] | None) -> None:
+    if inputs is not None:
+        raise ConfigError("this model only goes on with a text: it reads no input (input=, inputs=)")

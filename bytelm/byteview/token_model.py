@@ -1,0 +1,98 @@
+"""A token decoder that is asked about nodes of trees: it keeps what it has read in slots of one cache."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+
+from bytelm.byteview.cover import Node
+from bytelm.config import ConfigError
+from bytelm.models.build import Params
+from bytelm.models.token_lm import TokenLM, TokenLMConfig
+
+
+@partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def _extend(graph, params, ids, positions, slots, seen, places, cache):
+    return nnx.merge(graph, params).extend(ids, positions, slots, seen, places, cache)
+
+
+def structure(config: TokenLMConfig) -> tuple[nnx.GraphDef, Params]:
+    """The network without weights: its graph, and the shapes of its parameters."""
+    model = jax.eval_shape(lambda: TokenLM(config, rngs=nnx.Rngs(params=jax.random.key(0))))
+    graph, state = nnx.split(model, nnx.Param)
+    return graph, nnx.to_pure_dict(state)
+
+
+class TokenModel:
+    """Runs a decoder over nodes."""
+
+    def __init__(self, config: TokenLMConfig, params: Params):
+        self.config, self.params = config, params
+        self.graph, _ = structure(config)
+
+    def session(self, slots: int = 256) -> "Session":
+        """An empty cache."""
+        return Session(self, slots)
+
+
+class Session:
+    """A cache, which nodes are in it, and what the model said behind them. It grows as it is needed."""
+
+    def __init__(self, model: TokenModel, slots: int):
+        self.model = model
+        self.room = slots
+        self.cache = nnx.merge(model.graph, model.params).empty_cache(slots)
+        self.used = 0
+        self.free: list[int] = []
+        self.places = np.zeros(slots, np.int32)
+        self.ancestors = np.zeros((slots, slots), bool)
+        self.tokens_read = 0
+
+    def _grow(self) -> None:
+        more = self.room
+        self.cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))), self.cache)
+        self.places = np.pad(self.places, (0, more))
+        self.ancestors = np.pad(self.ancestors, ((0, more), (0, more)))
+        self.room += more
+
+    def read(self, nodes: Sequence[Node]) -> NDArray[np.float32]:
+        """Logits behind each node, [n, v]. Nodes come behind their parents, in the list or read before."""
+        if not nodes:
+            return np.zeros((0, self.model.config.vocabulary), np.float32)
+        deep = max(node.depth for node in nodes)
+        if deep >= self.model.config.context:
+            raise ConfigError(f"the text has {deep + 1} tokens, the model knows {self.model.config.context} positions: "
+                              "shorten the text, or ask for a window")  # fmt: skip
+        for node in nodes:
+            if self.free:
+                node.slot = self.free.pop()
+            else:
+                while self.used >= self.room:
+                    self._grow()
+                node.slot, self.used = self.used, self.used + 1
+            self.places[node.slot] = node.depth
+            row = self.ancestors[node.slot]
+            row[:] = False if node.parent is None else self.ancestors[node.parent.slot]
+            row[node.slot] = True
+        size = 1 << (len(nodes) - 1).bit_length()
+        pad = size - len(nodes)
+        slots = np.array([node.slot for node in nodes] + [self.room] * pad, np.int32)
+        seen = np.pad(self.ancestors[slots[: len(nodes)]], ((0, pad), (0, 0)))
+        ids = np.array([node.token for node in nodes] + [0] * pad, np.int32)
+        positions = np.array([node.depth for node in nodes] + [0] * pad, np.int32)
+        logits, self.cache = _extend(
+            self.model.graph, self.model.params, ids, positions, slots, seen, self.places.copy(), self.cache
+        )
+        self.tokens_read += len(nodes)
+        return np.asarray(logits)[: len(nodes)]
+
+    def forget(self, nodes: Sequence[Node]) -> None:
+        """Frees the slots of nodes that no node will look at any more."""
+        for node in nodes:
+            if node.slot >= 0:
+                self.free.append(node.slot)
+                node.slot = -1

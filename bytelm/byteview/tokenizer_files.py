@@ -1,0 +1,47 @@
+"""The tokenizer in a model's folder: tokenizer.json or tokenizer.model, and which tokens start and end a text."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from bytelm.byteview.sentencepiece_file import read_sentencepiece
+from bytelm.byteview.tokenizer_json import read_tokenizer_json, vocabulary_of
+from bytelm.byteview.vocabulary import Vocabulary
+from bytelm.config import ConfigError
+
+FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def read_vocabulary(folder: Path, record: dict[str, Any]) -> Vocabulary:
+    """The vocabulary of a folder whose config.json is `record`. Raises ConfigError for what is missing, cannot be read,
+    or has no byte view."""
+    files = [folder / name for name in FILES if (folder / name).exists()]
+    if not files:
+        raise ConfigError(f"{folder}: no tokenizer beside the weights (looked for {', '.join(FILES)})")
+    size, start, end = record.get("vocab_size", 0), record.get("bos_token_id"), record.get("eos_token_id")
+    end = end[0] if isinstance(end, list) and end else end
+    options = dict(size=size, start=start, end=end)
+    if files[0].name == "tokenizer.json":
+        found = vocabulary_of(read_tokenizer_json(files[0]), **options)
+    else:
+        found = read_sentencepiece(files[0], **options)
+    if len(found.tokens) > size:
+        raise ConfigError(f"{files[0]}: {len(found.tokens)} tokens, but the model has {size} (config.json, vocab_size)")
+    if found.start is None:
+        found = _with_start(found, folder)
+    return found
+
+
+def _with_start(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
+    """With the start symbol that tokenizer_config.json names; where it names none, the symbol between documents, which
+    is the one that ends them."""
+    path, name = folder / "tokenizer_config.json", None
+    if path.exists():
+        try:
+            name = json.loads(path.read_text(encoding="utf-8")).get("bos_token")
+        except (OSError, ValueError, AttributeError) as e:
+            raise ConfigError(f"{path}: cannot be read as JSON ({e})") from None
+    name = name.get("content") if isinstance(name, dict) else name
+    start = vocabulary.control(name) if name else vocabulary.end
+    return dataclasses.replace(vocabulary, start=start)

@@ -1,0 +1,119 @@
+"""A tokenizer as the byte view needs it: the bytes of every token, which of them no text has, and how text is cut."""
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bytelm.byteview.pretokenizer import Pretokenizer
+from bytelm.byteview.readings import Readings
+from bytelm.byteview.segmenter import Segmenter, Tokens
+from bytelm.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """`tokens[id]`: its bytes; None for control tokens and ids without a meaning."""
+
+    tokens: tuple[bytes | None, ...]
+    segmenter: Segmenter
+    pretokenizer: Pretokenizer
+    end: int  # id that ends a text
+    start: int | None = None  # id in front of a text
+    lead: bytes = b""  # what the tokenizer puts in front of a text's bytes
+    controls: dict[str, int] = dataclasses.field(default_factory=dict)  # special tokens by name
+    whole_pieces: bool = False  # a piece that is a token is that token, whatever the merges say
+    normal: str = ""  # name of a Unicode normal form that texts are in
+
+    def __post_init__(self):
+        if not any(self.tokens):
+            raise ConfigError("the tokenizer has no token with bytes")
+        if not 0 <= self.end < len(self.tokens):
+            raise ConfigError(f"the id {self.end} that ends a text is not among the tokenizer's {len(self.tokens)}")
+
+    @cached_property
+    def order(self) -> NDArray[np.int32]:
+        """Ids of tokens that have bytes, sorted by them."""
+        return np.array(
+            sorted((i for i, t in enumerate(self.tokens) if t), key=lambda i: (self.tokens[i], i)), np.int32
+        )
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Bytes of each token in `order`."""
+        return np.array([len(self.tokens[i] or b"") for i in self.order], np.int32)
+
+    @cached_property
+    def table(self) -> NDArray[np.int16]:
+        """Bytes of each token in `order`, [n, longest]; -1 behind its end, so that every column of tokens with the same
+        bytes in front is sorted."""
+        out = np.full((len(self.order), int(self.lengths.max())), -1, np.int16)
+        for row, i in enumerate(self.order):
+            text = self.tokens[i] or b""
+            out[row, : len(text)] = np.frombuffer(text, np.uint8)
+        return out
+
+    @cached_property
+    def readings(self) -> Readings:
+        return Readings(self.pretokenizer, self.tokens)
+
+    @cached_property
+    def unreachable(self) -> dict[bytes, int]:
+        """Tokens that merges never make. With `whole_pieces` they are pieces of their own."""
+        inside = self.segmenter.beginning
+        return {t: i for i, t in enumerate(self.tokens) if t and not inside[i]}
+
+    def closing(self, head: bytes) -> list[int]:
+        """Tokens that end a piece which so far is `head` so that it is one of `unreachable`."""
+        out = []
+        names = self._unreachable_names
+        for text in names[bisect.bisect_left(names, head) :]:
+            if not text.startswith(head):
+                break
+            out += self._by_bytes.get(text[len(head) :], [])
+        return out
+
+    @cached_property
+    def _unreachable_names(self) -> list[bytes]:
+        return sorted(self.unreachable)
+
+    @cached_property
+    def _by_bytes(self) -> dict[bytes, list[int]]:
+        out: dict[bytes, list[int]] = {}
+        for i, text in enumerate(self.tokens):
+            if text:
+                out.setdefault(text, []).append(i)
+        return out
+
+    def encode(self, text: bytes) -> list[int] | None:
+        """The tokenizer's tokens of a text (valid UTF-8), its lead included; None where it cannot be written."""
+        out: list[int] = []
+        if not text:
+            return out
+        for piece in self.pretokenizer.pieces((self.lead + text).decode()):
+            data = piece.encode()
+            whole = self.unreachable.get(data) if self.whole_pieces else None
+            ids = [whole] if whole is not None else self.segmenter.encode(data)
+            if ids is None:
+                return None
+            out += ids
+        return out
+
+    def control(self, name: str) -> int:
+        """Id of a special token."""
+        if name not in self.controls:
+            shown = ", ".join(sorted(self.controls)[:12]) or "none"
+            raise ConfigError(f"the tokenizer has no special token {name!r} (it has {shown})")
+        return self.controls[name]
+
+
+def single_bytes(tokens: Tokens) -> "Sequence[int | None]":
+    """Id of the token of each single byte."""
+    out: list[int | None] = [None] * 256
+    for i, text in enumerate(tokens):
+        if text is not None and len(text) == 1 and out[text[0]] is None:
+            out[text[0]] = i
+    return out

@@ -1,0 +1,125 @@
+"""Two real small models against exact answers of a slow, certain implementation (tests/golden/convert)."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import bytelm
+from bytelm.byteview.byte_view import ImpossibleText, TokenizedLM
+from bytelm.byteview.cover import log_sum
+from bytelm.config import ConfigError
+
+MODELS = ("tiny_lm", "tiny_sp")
+PROBABLE = 1e-8
+
+
+@pytest.fixture(scope="module")
+def golden(root):
+    return root / "tests/golden/convert"
+
+
+@pytest.fixture(scope="module")
+def loaded(golden):
+    with jax.default_matmul_precision("highest"):
+        return {name: bytelm.load(golden / f"model_{name}") for name in MODELS}
+
+
+def view(loaded, name, semantics):
+    lm = loaded[name]
+    return TokenizedLM(lm.model, lm.vocabulary, semantics)
+
+
+def prefixes(golden, name):
+    return [bytes.fromhex(row["hex"]) for row in json.loads((golden / name / "prefixes.json").read_text())]
+
+
+@pytest.mark.parametrize("semantics", ["masked", "canonical", "lastfree"])
+@pytest.mark.parametrize("name", MODELS)
+def test_next_byte_equals_the_truth(golden, loaded, name, semantics):
+    with jax.default_matmul_precision("highest"):
+        found = view(loaded, name, semantics).logprobs_batch(prefixes(golden, name))
+    stored = np.load(golden / name / "next_byte.npz")
+    expected = np.stack([stored[f"{semantics}_{i}"] for i in range(len(found))])
+    distance = 0.5 * np.abs(np.exp(found) - np.exp(expected)).sum(axis=1)
+    assert distance.max() <= 2e-6
+    likely = expected > np.log(PROBABLE)
+    assert np.abs(found - expected)[likely].max() <= 1e-4
+    assert (np.isneginf(found) == np.isneginf(expected)).all()
+
+
+@pytest.mark.parametrize("semantics", ["masked", "canonical"])
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_text_in_one_pass(golden, loaded, name, semantics):
+    stored = json.loads((golden / name / "bpb.json").read_text())
+    expected = np.array(stored[f"{semantics}_logp"])
+    text = (golden / "text.txt").read_bytes()[: len(expected)]
+    lm = view(loaded, name, semantics)
+    with jax.default_matmul_precision("highest"):
+        score = lm.score(text)
+        behind = lm.score(text[50:], context=text[:50])
+        row = lm.logprobs(text[:70])
+    np.testing.assert_allclose(score.per_byte, expected, atol=1e-4)
+    assert score.total == pytest.approx(score.per_byte.sum())
+    np.testing.assert_allclose(behind.per_byte, expected[50:], atol=1e-4)
+    assert row[text[70]] == pytest.approx(expected[70], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mass_is_handed_on(golden, loaded, name):
+    """The mass of a text is that of its continuations: W(x) = sum of W(xb) + W(x, end), at every place."""
+    lm, text = loaded[name], (golden / "text.txt").read_bytes()[:120]
+    session, tree = lm.model.session(), lm.tree(b"")
+    lm._read(session, [tree])
+    before = log_sum(tree.log_mass())
+    for byte in text:
+        mass = tree.log_mass()
+        assert abs(log_sum(mass) - before) < 1e-4
+        before = mass[byte]
+        session.forget(tree.drop(tree.push(byte)))
+        lm._read(session, [tree])
+    assert session.used < len(text)  # slots of what is no longer looked at are taken again
+
+
+def test_samples_are_the_same_alone_and_in_a_batch(loaded):
+    lm = loaded["tiny_lm"]
+    together = lm.generate_batch([b"def f", b"def f", "The licen"], 24, seed=5, temperature=0.9)
+    assert together[0] == lm.generate(b"def f", 24, seed=5, temperature=0.9) and together[0] != together[1]
+    streamed = b"".join(lm.stream(b"def f", 24, seed=5, temperature=0.9))
+    assert streamed == together[0]
+    greedy = lm.generate(b"The licen", 24, temperature=0)
+    row = [int(np.argmax(lm.logprobs(b"The licen" + greedy[:n]))) for n in range(6)]
+    assert bytes(row) == greedy[:6]
+    assert lm.generate(b"The licen", 24, temperature=0, stop=[greedy[5:8]]) == greedy[: greedy.index(greedy[5:8])]
+
+
+def test_impossible_texts(loaded):
+    lm = loaded["tiny_lm"]
+    with pytest.raises(ImpossibleText, match=r"byte 0xFF at offset 2"):
+        lm.logprobs(b"ab\xff")
+    with pytest.raises(ImpossibleText):
+        lm.generate(b"\x80", 5)
+    score = lm.score(b"ab\xffcd")
+    assert np.isfinite(score.per_byte[:2]).all() and np.isneginf(score.per_byte[2:]).all()
+    assert lm.score(b"").total == 0 and lm.logprobs_batch([]).shape == (0, 257)
+
+
+def test_longer_than_the_model(golden, loaded):
+    lm, text = loaded["tiny_lm"], (golden / "text.txt").read_bytes()
+    assert lm.window == 511
+    score = lm.score(text)
+    assert len(score.per_byte) == len(text) and np.isfinite(score.total)
+    np.testing.assert_allclose(score.per_byte[:511], lm.score(text[:511]).per_byte, atol=1e-4)
+    assert np.isfinite(lm.logprobs(text)).any()
+    with pytest.raises(ConfigError, match="512"):
+        lm.score(text, window=512)
+    with pytest.raises(ConfigError, match="longer than"):
+        lm.generate(text[:500], 100)
+
+
+def test_wrong_arguments(golden, loaded):
+    with pytest.raises(ConfigError, match="semantics='all'"):
+        bytelm.load(golden / "model_tiny_lm", semantics="all")
+    with pytest.raises(ConfigError, match="reads no input"):
+        loaded["tiny_lm"].logprobs(b"a", input=b"b")
