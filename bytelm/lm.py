@@ -14,7 +14,8 @@ from bytelm.boundaries import Boundaries, first_rows, text_boundaries
 from bytelm.byteview.byte_view import TokenizedLM
 from bytelm.byteview.token_model import TokenModel
 from bytelm.byteview.token_model import structure as token_structure
-from bytelm.byteview.tokenizer_files import read_vocabulary
+from bytelm.byteview.tokenizer_files import read_vocabulary, token_ids
+from bytelm.byteview.tokenizer_json import vocabulary_of
 from bytelm.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -26,6 +27,7 @@ from bytelm.checkpoint import (
 from bytelm.config import Config, ConfigError, ModelConfig, T5Config
 from bytelm.generate import bucket, generate_bytes, pad_rows, visible_inputs
 from bytelm.interop import token_lm
+from bytelm.interop.gguf_file import open_gguf
 from bytelm.interop.published import NO_MODEL, is_model, open_model, open_tensors, read_record, weights_file
 from bytelm.models.build import Params, byte_ids, structure
 from bytelm.protocol import ByteLM, Score, Text, log_softmax
@@ -181,7 +183,8 @@ def load(
 ) -> ByteLM:
     """Loads a model as a ByteLM: a run directory of `bytelm train`, one of its checkpoints, a weights directory of
     `bytelm convert`, a folder with an H-Net, ByT5 or MrT5 checkpoint and its config.json, a bare file of weights with
-    its `config`, or a folder of transformers with a tokenized model (GPT-2, Llama, Mistral, Qwen) and its tokenizer.
+    its `config`, a folder of transformers with a tokenized model (GPT-2, Llama, Mistral, Qwen) and its tokenizer, or a
+    .gguf file of one.
 
     `checkpoint` is latest, best, or a step; `dtype` overrides the compute type (float32, bfloat16); `reserved` (None:
     as the run was trained, else error) and `wait` as in `NetworkLM`; `deletion` as in `Seq2SeqLM`; `semantics` (None:
@@ -191,7 +194,7 @@ def load(
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
-    if path.is_dir() and token_lm.is_token_lm(read_record(path)):
+    if path.suffix == ".gguf" or (path.is_dir() and token_lm.is_token_lm(read_record(path))):
         return _tokenized(path, dtype, semantics)
     if semantics is not None:
         raise ConfigError(
@@ -211,10 +214,14 @@ def load(
 def _tokenized(path: Path, dtype: str | None, semantics: str | None) -> TokenizedLM:
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype {dtype!r}: choose float32 or bfloat16")
-    record = read_record(path)
-    config = token_lm.config_from(record, f"{path}/config.json", dtype or "float32")
-    vocabulary, file = read_vocabulary(path, record), weights_file(path)
-    params = token_lm.params_from(open_tensors(file), config, token_structure(config)[1], str(file))
+    if path.suffix == ".gguf":
+        record, tensors, tokenizer = open_gguf(path)
+        vocabulary, file = vocabulary_of(tokenizer, **token_ids(record)), path
+    else:
+        record, file = read_record(path), weights_file(path)
+        vocabulary, tensors = read_vocabulary(path, record), open_tensors(file)
+    config = token_lm.config_from(record, str(path), dtype or "float32")
+    params = token_lm.params_from(tensors, config, token_structure(config)[1], str(file))
     return TokenizedLM(TokenModel(config, params), vocabulary, semantics or "masked")
 
 

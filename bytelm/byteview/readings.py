@@ -12,7 +12,8 @@ characters, one contraction, or a number of up to three digits.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,29 +116,41 @@ class Readings:
     # Continuations.
 
     def probes(self, classes: tuple[int, ...], pending: bytes) -> Iterator[tuple[int, ...]]:
-        """Continuations to try behind some characters, the likeliest to settle things first."""
-        coarse = self.classes.coarse
-        first = sorted(self._reachable(pending)) if pending else coarse
-        if not pending:
-            yield ()
-        for a in first:
-            yield (a,)
-        for a in first:
-            for b in coarse:
-                yield (a, b)
-        if self.classes.apostrophe >= 0:
+        """Continuations to try behind some characters."""
+        if pending:
+            for first in sorted(self._reachable(pending)):
+                yield from self._telling[first]
+            return
+        yield ()
+        yield from self._telling[-1]
+        if self.classes.apostrophe in classes[-2:]:
             for c in CONTRACTIONS:
-                word = self.classes.of("'" + c)
-                if word[0] in first:
-                    yield word
-                if not pending and self.classes.apostrophe in classes[-2:]:
-                    for part in {c, c[1:]} - {""}:
-                        yield self.classes.of(part, classes[-2:])
-        for a in first:
-            if self.classes.counted[a]:
-                for b in coarse:
-                    yield (a, a, b)
-                    yield (a, a, a, b)
+                for part in {c, c[1:]} - {""}:
+                    yield self.classes.of(part, classes[-2:])
+
+    @cached_property
+    def _telling(self) -> dict[int, list[tuple[int, ...]]]:
+        """Continuations by their first class, and of any class under -1: of those that cut every short text alike, one.
+
+        The others would tell nothing: what is tried is every string of up to two classes, contractions, and numbers.
+        """
+        coarse, apostrophe = self.classes.coarse, self.classes.apostrophe
+        words = [self.classes.of("'" + c) for c in CONTRACTIONS] if apostrophe >= 0 else []
+        counted = [a for a in coarse if self.classes.counted[a]]
+        probes = [p for n in (1, 2) for p in product(coarse, repeat=n)] + words
+        probes += [(a,) * n + (b,) for a in counted for b in coarse for n in (2, 3)]
+        short = 3 if len(coarse) <= 8 else 2
+        texts = [t for n in range(1, short + 1) for t in product(coarse, repeat=n)]
+        texts += [(a,) * n for a in coarse for n in range(3, LONG_RUN + 1)] + [w[:n] for w in words for n in (2, 3)]
+        texts += [(a, *w[:n]) for w in words for a in coarse for n in (1, 2)]
+        texts += [(b,) * m + (a,) * n for a in counted for b in coarse for n in range(1, 7) for m in (0, 1)]
+        seen: dict[int, dict[tuple, tuple[int, ...]]] = {a: {} for a in (*coarse, -1)}
+        for probe in probes:
+            how = tuple(tuple(c for c in self.pretokenizer.cuts(self.classes.text(t + probe)) if c <= len(t))
+                        for t in texts)  # fmt: skip
+            seen[probe[0]].setdefault(how, probe)
+            seen[-1].setdefault(how, probe)
+        return {a: list(found.values()) for a, found in seen.items()}
 
     def _all_cuts(self, classes: tuple[int, ...], pending: bytes) -> Iterator[frozenset[int]]:
         """Cuts up to the end of `classes` for every continuation; a cut at the very end counts."""

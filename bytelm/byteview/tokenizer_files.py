@@ -19,9 +19,8 @@ def read_vocabulary(folder: Path, record: dict[str, Any]) -> Vocabulary:
     files = [folder / name for name in FILES if (folder / name).exists()]
     if not files:
         raise ConfigError(f"{folder}: no tokenizer beside the weights (looked for {', '.join(FILES)})")
-    size, start, end = record.get("vocab_size", 0), record.get("bos_token_id"), record.get("eos_token_id")
-    end = end[0] if isinstance(end, list) and end else end
-    options = dict(size=size, start=start, end=end)
+    options = token_ids(record)
+    size = options["size"]
     if files[0].name == "tokenizer.json":
         found = vocabulary_of(read_tokenizer_json(files[0]), **options)
     else:
@@ -31,6 +30,13 @@ def read_vocabulary(folder: Path, record: dict[str, Any]) -> Vocabulary:
     if found.start is None:
         found = _with_start(found, folder)
     return found
+
+
+def token_ids(record: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says of a model's ids: how many, and which start and end a text (None: it does not say)."""
+    end = record.get("eos_token_id")
+    end = end[0] if isinstance(end, list) and end else end
+    return {"size": record.get("vocab_size", 0), "start": record.get("bos_token_id"), "end": end}
 
 
 def _with_start(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
