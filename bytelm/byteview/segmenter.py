@@ -265,7 +265,7 @@ class CharacterPairs(BytePairs):
 
     @property
     def reach(self) -> int:
-        return 3
+        return 4  # bytes of a character
 
     def following(self, tokens: tuple[int, ...]) -> NDArray[np.bool_]:
         partial = b""
