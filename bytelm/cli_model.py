@@ -41,6 +41,7 @@ class SampleOptions:
     config: Path | None = None  # the reference's config JSON, for a bare file of weights
     checkpoint: str = "latest"  # latest, best, or a step
     semantics: Literal["masked", "canonical", "lastfree"] | None = None  # of a tokenized model's bytes; none: masked
+    explain: bool = False  # a tokenized model: what it says next, with the prompt's tokens fixed and by the byte view
 
 
 def sample(args: list[str]) -> int:
@@ -52,6 +53,8 @@ def sample(args: list[str]) -> int:
                      semantics=options.semantics)  # fmt: skip
     out = sys.stdout.buffer
     source = None if options.input is None else options.input.encode("utf-8", "surrogateescape")
+    if options.explain:
+        return _explain(lm, prompt)
     if options.beams != 1:
         return _search(lm, options, source, prompt)
     settings: dict[str, Any] = {name: getattr(options, name) for name in ("max_bytes", "temperature", "top_k", "top_p")}
@@ -67,6 +70,16 @@ def sample(args: list[str]) -> int:
             out.flush()
         out.write(pending + b"\n")
         out.flush()
+    return EXIT_OK
+
+
+def _explain(lm: Any, prompt: bytes) -> int:
+    from bytelm.byteview.byte_view import TokenizedLM
+    from bytelm.byteview.explain import explain, table
+
+    if not isinstance(lm, TokenizedLM):
+        raise ConfigError("--explain: this model reads bytes, its prompt has no tokens to explain")
+    print(table(explain(lm, prompt)))
     return EXIT_OK
 
 

@@ -87,7 +87,9 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], GGUFTensors, dict[str, Any]]:
     try:
         import gguf
     except ImportError:
-        raise ConfigError(f"{path}: reading GGUF files needs the package gguf: pip install 'bytelm[tokenizers]'") from None
+        raise ConfigError(
+            f"{path}: reading GGUF files needs the package gguf: pip install 'bytelm[tokenizers]'"
+        ) from None
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}

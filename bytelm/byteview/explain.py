@@ -1,0 +1,98 @@
+"""What a tokenized model says behind a prompt, with the prompt's tokens fixed and by the byte view, side by side."""
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bytelm.byteview.byte_view import ImpossibleText, TokenizedLM
+from bytelm.byteview.cover import Node, log_sum
+from bytelm.vocab import END
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Probabilities of the next symbol, [257], and the covers that make them up."""
+
+    tokens: list[bytes]  # of the prompt, as the tokenizer cuts it; empty where it cannot
+    plain: NDArray[np.float64] | None  # the prompt's tokens taken as they are, a new token behind them
+    view: NDArray[np.float64]
+    covers: list[tuple[list[bytes], float]]  # the most probable ones: their tokens, and their share
+
+
+def explain(lm: TokenizedLM, prompt: bytes, covers: int = 6) -> Explanation:
+    """Raises ImpossibleText where no text begins with the prompt."""
+    v, session = lm.vocabulary, lm.model.session()
+    tree = lm.tree(prompt)
+    if not tree.possible():
+        raise ImpossibleText(lm.why(prompt))
+    todo = list(tree.new)
+    lm._read(session, [tree])
+    view = np.exp(tree.logprobs())
+    total, n = log_sum(tree.log_mass()), len(tree.text)
+
+    def words(node: Node) -> list[bytes]:
+        return [v.tokens[a.token] or b"" for a in reversed(node.ancestors()[:-1])]
+
+    found: list[tuple[list[bytes], float]] = []
+    for node in todo:
+        if node.end == n:
+            found.append((words(node), float(np.exp(node.logp - total))))
+            continue
+        low, high = node.ranges[-1] if node in tree.open else (0, 0)
+        ids = v.order[low:high][v.lengths[low:high] > n - node.end]
+        if node.row is None or not len(ids):
+            continue
+        row = node.row[ids]
+        if lm.semantics == "canonical":
+            row = np.where(lm.grammar.mask(node, tree.text)[ids], row, -np.inf)
+        for place in np.argsort(-row)[:covers]:
+            found.append(([*words(node), v.tokens[ids[place]] or b""], float(np.exp(row[place] + node.logp - total))))
+    found.sort(key=lambda cover: -cover[1])
+    tokens, plain = _plain(lm, prompt)
+    return Explanation(tokens, plain, view, found[:covers])
+
+
+def _plain(lm: TokenizedLM, prompt: bytes) -> tuple[list[bytes], NDArray[np.float64] | None]:
+    """The prompt's own tokens, and the first byte of the token that the model puts behind them."""
+    v = lm.vocabulary
+    try:
+        ids = v.encode(prompt)
+    except UnicodeDecodeError:
+        ids = None
+    if ids is None:
+        return [], None
+    node, nodes = lm.grammar.root(v.start if v.start is not None else v.end), []
+    for token in (None, *ids):
+        if token is not None:
+            node = dataclasses.replace(node, token=token, parent=node, depth=node.depth + 1, slot=-1, children=[])
+        nodes.append(node)
+    row = np.asarray(lm.model.session().read(nodes)[-1], np.float64)
+    row = np.exp(row - log_sum(row))
+    out = np.bincount(v.table[:, 0], row[v.order], END + 1)
+    out[END] += row[v.end]
+    return [v.tokens[i] or b"" for i in ids], out / out.sum()
+
+
+def table(explanation: Explanation, top: int = 6) -> str:
+    """The explanation as lines of text."""
+    e, lines = explanation, []
+    lines.append("tokens of the prompt:  " + " | ".join(_show(t) for t in e.tokens) if e.tokens else
+                 "the prompt ends inside a character: it has no tokens")  # fmt: skip
+    lines += ["", f"{'next byte':<12}{'byte view':>11}{'plain':>11}"]
+    ranked = list(np.argsort(-e.view)[:top])
+    if e.plain is not None:
+        ranked += [s for s in np.argsort(-e.plain)[:top] if s not in ranked]
+    for symbol in ranked:
+        name = "end of text" if symbol == END else _show(bytes([symbol]))
+        plain = "-" if e.plain is None else f"{e.plain[symbol]:.4f}"
+        lines.append(f"{name:<12}{e.view[symbol]:>11.4f}{plain:>11}")
+    lines += ["", "covers of the prompt (what its tokens may have been), by share:"]
+    for tokens, share in e.covers:
+        shown = tokens[-6:]
+        lines.append(f"{share:>8.4f}  " + ("... | " if len(tokens) > 6 else "") + " | ".join(_show(t) for t in shown))
+    return "\n".join(lines)
+
+
+def _show(data: bytes) -> str:
+    return repr(data.decode("utf-8", "backslashreplace"))[1:-1].replace(" ", "\u2423") if data else "(empty)"
