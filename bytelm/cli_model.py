@@ -117,6 +117,7 @@ class EvalOptions:
 
 
 def evaluate(args: list[str]) -> int:
+    from bytelm.byteview.byte_view import TokenizedLM
     from bytelm.data.pipeline import load_text
     from bytelm.data.sources import open_corpus
     from bytelm.evals.bpb import bits_per_byte, first_bytes
@@ -131,6 +132,11 @@ def evaluate(args: list[str]) -> int:
                      deletion=options.deletion, semantics=options.semantics)  # fmt: skip
     if isinstance(lm, Seq2SeqLM):
         return _evaluate_targets(options, lm)
+    tokenized = isinstance(lm, TokenizedLM)
+    if tokenized and options.semantics not in (None, "masked"):
+        raise ConfigError(
+            f"--semantics {options.semantics}: its scores are no code lengths; bits per byte are of masked"
+        )
     if options.task is not None:
         raise ConfigError(f"--task {options.task}: only encoder-decoders have tasks")
     if options.text:
@@ -152,7 +158,13 @@ def evaluate(args: list[str]) -> int:
         "model": str(options.model), "family": lm.config.family if isinstance(lm, NetworkLM) else None,
         "text": name, "bytes": result.bytes, "documents": result.documents, "window": window, "bpb": result.bpb,
     }  # fmt: skip
-    lines = []
+    lines, tokens = [], None
+    if isinstance(lm, TokenizedLM):
+        tokens = bits_per_byte(
+            lambda documents: [-total for total in lm.score_tokens(documents)],
+            first_bytes(text, options.max_bytes), lm.model.config.context,
+        )  # fmt: skip
+        record |= {"family": "tokenized", "bpb": tokens.bpb, "bpb_masked": result.bpb}
     if options.compare:
         size = sum(s.total_bytes for s in sources)
         if size > COMPARE_LIMIT:
@@ -169,6 +181,9 @@ def evaluate(args: list[str]) -> int:
         print(json.dumps(record))
         return EXIT_OK
     print(f"{name}: {result.bytes:,} bytes in {result.documents} document(s), windows of {window}")
+    if tokens is not None:
+        print(f"  {options.model}: {tokens.bpb:.4f} bits per byte by its own tokens, {result.bpb:.4f} by the byte view")
+        return EXIT_OK
     rows = [(str(options.model), result.bpb, "this model"), *((ln.name, ln.bpb, ln.source) for ln in lines)]
     for label, bpb, remark in sorted(rows, key=lambda row: row[1]):
         print(f"  {label:<28} {bpb:.4f} bits per byte   {remark}" if remark == "this model" else

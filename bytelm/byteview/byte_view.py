@@ -6,7 +6,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from bytelm.byteview.cover import Grammar, Node, Semantics, Tree, log_sum
+from bytelm.byteview.cover import Grammar, Node, Semantics, Tree, chain, log_sum
 from bytelm.byteview.token_model import Session, TokenModel
 from bytelm.byteview.vocabulary import Vocabulary
 from bytelm.config import ConfigError
@@ -142,6 +142,30 @@ class TokenizedLM(ByteLM):
         if len(dead):
             logs[dead[0] :] = -np.inf
         return logs
+
+    def score_tokens(self, texts: Sequence[Text]) -> list[float]:
+        """ln p of the tokens that the tokenizer makes of each text, as token models are usually scored: in windows of
+        the model's context, each token once, the first of a later window behind the token before it."""
+        out = []
+        assert self.vocabulary.start is not None
+        for text in map(encode, texts):
+            try:
+                ids = self.vocabulary.encode(text)
+            except UnicodeDecodeError as e:
+                raise ImpossibleText(f"the text is no UTF-8 at offset {e.start}: it has no tokens") from None
+            if ids is None:
+                raise ImpossibleText(self.why(text))
+            row, total = [self.vocabulary.start, *ids], 0.0
+            for first, end, scored in scoring_windows(0, len(ids), self.model.config.context):
+                session, nodes = self.model.session(), chain(row[first:end])
+                for begin in range(0, len(nodes), BLOCK):
+                    part = nodes[begin : begin + BLOCK]
+                    for n, logits in enumerate(session.read(part), first + begin):
+                        if n >= scored:
+                            logits = logits.astype(np.float64)
+                            total += float(logits[ids[n]] - log_sum(logits))
+            out.append(total)
+        return out
 
     # Samples.
 

@@ -6,6 +6,7 @@ behind it. Theory: Phan et al. 2024, "Exact byte-level probabilities from tokeni
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -41,6 +42,14 @@ class Node:
             out.append(node)
             node = node.parent
         return out
+
+
+def chain(tokens: Sequence[int]) -> list[Node]:
+    """One node for each of some tokens in a row; the first is what starts the text. For the model only."""
+    nodes: list[Node] = []
+    for n, token in enumerate(tokens):
+        nodes.append(Node(token, nodes[-1] if nodes else None, n, n, State(), (), (), []))
+    return nodes
 
 
 class Grammar:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bytelm.byteview.byte_view import ImpossibleText, TokenizedLM
-from bytelm.byteview.cover import Node, log_sum
+from bytelm.byteview.cover import Node, chain, log_sum
 from bytelm.vocab import END
 
 
@@ -62,12 +62,8 @@ def _plain(lm: TokenizedLM, prompt: bytes) -> tuple[list[bytes], NDArray[np.floa
         ids = None
     if ids is None:
         return [], None
-    node, nodes = lm.grammar.root(v.start if v.start is not None else v.end), []
-    for token in (None, *ids):
-        if token is not None:
-            node = dataclasses.replace(node, token=token, parent=node, depth=node.depth + 1, slot=-1, children=[])
-        nodes.append(node)
-    row = np.asarray(lm.model.session().read(nodes)[-1], np.float64)
+    assert v.start is not None
+    row = np.asarray(lm.model.session().read(chain([v.start, *ids]))[-1], np.float64)
     row = np.exp(row - log_sum(row))
     out = np.bincount(v.table[:, 0], row[v.order], END + 1)
     out[END] += row[v.end]

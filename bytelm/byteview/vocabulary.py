@@ -93,7 +93,7 @@ class Vocabulary:
         out: list[int] = []
         if not text:
             return out
-        for piece in self.pretokenizer.pieces((self.lead + text).decode()):
+        for piece in self.pretokenizer.pieces(self.lead.decode() + text.decode()):
             data = piece.encode()
             whole = self.unreachable.get(data) if self.whole_pieces else None
             ids = [whole] if whole is not None else self.segmenter.encode(data)

@@ -1,5 +1,6 @@
 """Two real small models against exact answers of a slow, certain implementation (tests/golden/convert)."""
 
+import itertools
 import json
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import bytelm
 from bytelm.byteview.byte_view import ImpossibleText, TokenizedLM
 from bytelm.byteview.cover import log_sum
+from bytelm.byteview.explain import explain, table
 from bytelm.config import ConfigError
 
 MODELS = ("tiny_lm", "tiny_sp")
@@ -45,7 +47,7 @@ def test_next_byte_equals_the_truth(golden, loaded, name, semantics):
     distance = 0.5 * np.abs(np.exp(found) - np.exp(expected)).sum(axis=1)
     assert distance.max() <= 2e-6
     likely = expected > np.log(PROBABLE)
-    assert np.abs(found - expected)[likely].max() <= 1e-4
+    assert np.abs(found[likely] - expected[likely]).max() <= 1e-4
     assert (np.isneginf(found) == np.isneginf(expected)).all()
 
 
@@ -92,6 +94,32 @@ def test_samples_are_the_same_alone_and_in_a_batch(loaded):
     row = [int(np.argmax(lm.logprobs(b"The licen" + greedy[:n]))) for n in range(6)]
     assert bytes(row) == greedy[:6]
     assert lm.generate(b"The licen", 24, temperature=0, stop=[greedy[5:8]]) == greedy[: greedy.index(greedy[5:8])]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_plain_tokens(golden, loaded, name):
+    stored = json.loads((golden / name / "bpb.json").read_text())
+    text = (golden / "text.txt").read_bytes()
+    with jax.default_matmul_precision("highest"):
+        (total,) = loaded[name].score_tokens([text[: stored["bytes"]]])
+        assert -total / np.log(2) / stored["bytes"] == pytest.approx(stored["token_level_bpb"], abs=1e-5)
+        short, long = loaded[name].score_tokens(["", text.decode()])
+    assert short == 0 and np.isfinite(long) and long < total
+    with pytest.raises(ImpossibleText, match="no UTF-8 at offset 1"):
+        loaded[name].score_tokens([b"a\xff"])
+
+
+def test_explanation_adds_up(loaded):
+    for lm, prompt in itertools.product(
+        loaded.values(), (b"def fib(n):\n    ret", b"The licen", "caf\u00e9".encode()[:4])
+    ):
+        found = explain(lm, prompt, covers=10_000)
+        np.testing.assert_allclose(found.view, np.exp(lm.logprobs(prompt)), atol=1e-6)
+        assert found.view.sum() == pytest.approx(1)
+        assert sum(share for _, share in found.covers) == pytest.approx(1, abs=1e-3)
+        assert all(b"".join(tokens).lstrip().startswith(prompt) for tokens, _ in found.covers)
+        assert (found.plain is None) == (not found.tokens) == (prompt == b"caf\xc3")
+        assert "covers of the prompt" in table(found)
 
 
 def test_impossible_texts(loaded):
