@@ -69,6 +69,7 @@ def test_too_many_in_a_row_end_the_run(poisoned, tmp_path):
     assert aside == ([f"diverged-{first - 1}"] if (first - 1) % 2 == 0 and saved else [])
 
 
+@pytest.mark.slow
 def test_weights_that_give_no_finite_loss_are_not_gone_back_to(tmp_path, monkeypatch):
     """The newest checkpoint was saved just before the streak: it is set aside, and the one before it counts."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

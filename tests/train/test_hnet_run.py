@@ -83,6 +83,7 @@ def test_meshes_equal_one_device(on_one_device, fsdp, tensor):
     assert router.addressable_shards[0].data.size * fsdp == router.size
 
 
+@pytest.mark.slow
 def test_one_compilation_for_each_capacity(tmp_path, monkeypatch):
     """A run that changes its slots traces the step once for each capacity it used, and says so in its output."""
     traces = []
@@ -150,6 +151,7 @@ def test_run_writes_chunk_metrics_and_report(tmp_path, capsys):
         np.testing.assert_array_equal(level.cut, cut)
 
 
+@pytest.mark.slow
 def test_accumulation_averages_the_losses(tmp_path):
     """Microbatches: each has its own F and G; what a step needs is the largest of theirs."""
     config = hnet_run("unused", train={"grad_accum": 2}, mesh={"data": 1})

@@ -249,6 +249,7 @@ def test_overfits_one_batch(tmp_path):
     assert losses(tmp_path / "run")[1] > 5 and losses(tmp_path / "run")[120] < 0.3
 
 
+@pytest.mark.slow
 def test_profiler_window_and_tensorboard(tmp_path):
     train(run_config(tmp_path / "run", train={"profile_start": 2, "profile_steps": 2, "tensorboard": True}))
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
