@@ -35,6 +35,8 @@ _ATOMS = regex.compile(
       | (?P<literal>.)""",
     regex.VERBOSE | regex.DOTALL,
 )
+_SETS = regex.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", regex.DOTALL)
+_LOOKS_BACK = regex.compile(r"\(\?<[=!]|(?<!\\)\^|\\[bBAG]")
 LONG_RUN = 3  # as many characters of one class in a row as any pattern without counts can tell from more
 COUNTED_RUN = 12  # runs of classes that stand before a {m,n} may be shortened by multiples of this (2, 3, 4, 6, 12)
 
@@ -118,13 +120,13 @@ class _Atoms:
                 letters |= {c for c in found[0].replace("?i:", "").replace("?:", "") if c.isalpha()}
                 sets.add("'")
             last = ""
+            if _LOOKS_BACK.search(_SETS.sub("", pattern)):
+                raise ConfigError(f"pre-tokenizer: the pattern {pattern!r} looks back; where a piece ends must not depend "
+                                  "on what stands in front of it")  # fmt: skip
             for m in _ATOMS.finditer(_CONTRACTIONS.sub("", pattern)):
                 if m["count"] and last:
                     counted.add(last)
                 atom = m["set"] or m["escape"] or (regex.escape(m["literal"]) if m["literal"] else "")
-                if atom in (r"\b", r"\B", r"\A", r"\Z", r"\z", r"\G"):
-                    sets.add(r"\w")
-                    continue
                 if atom:
                     last = atom
                     sets.add(atom)

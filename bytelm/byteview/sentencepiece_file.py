@@ -9,7 +9,7 @@ import numpy as np
 from bytelm.byteview.pretokenizer import Pretokenizer
 from bytelm.byteview.segmenter import NEVER, CharacterPairs
 from bytelm.byteview.tokenizer_json import SPACE
-from bytelm.byteview.vocabulary import Vocabulary
+from bytelm.byteview.vocabulary import Vocabulary, check_added
 from bytelm.config import ConfigError
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ModelProto.SentencePiece.Type
@@ -98,6 +98,7 @@ def read_sentencepiece(path: Path, *, size: int = 0, start: int | None = None, e
             tokens[i] = text.replace(SPACE.encode(), b" ")
         elif what in (CONTROL, USER, UNKNOWN):
             controls[text.decode(errors="replace")] = i
+    check_added((text.decode(errors="replace") for text, _, what in pieces if what == USER), str(path))
     if end is None:
         end = next((controls[name] for name in ("</s>", "<eos>") if name in controls), None)
         if end is None:

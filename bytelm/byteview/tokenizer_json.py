@@ -8,7 +8,7 @@ import regex
 
 from bytelm.byteview.pretokenizer import GPT2, Pretokenizer, Split
 from bytelm.byteview.segmenter import BytePairs, CharacterPairs
-from bytelm.byteview.vocabulary import Vocabulary, single_bytes
+from bytelm.byteview.vocabulary import Vocabulary, check_added, single_bytes
 from bytelm.config import ConfigError
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
@@ -73,6 +73,7 @@ def vocabulary_of(
     fallback = [False] * count
     table = byte_characters()
     controls = {t["content"]: t["id"] for t in added}
+    check_added((t["content"] for t in added if not t.get("special")), "the tokenizer")
     marked = set(controls.values())
     for text, i in vocab.items():
         if i in marked:

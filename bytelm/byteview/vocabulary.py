@@ -2,7 +2,7 @@
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -108,6 +108,15 @@ class Vocabulary:
             shown = ", ".join(sorted(self.controls)[:12]) or "none"
             raise ConfigError(f"the tokenizer has no special token {name!r} (it has {shown})")
         return self.controls[name]
+
+
+def check_added(names: Iterable[str], where: str) -> None:
+    """Raises ConfigError where a tokenizer takes ordinary text for a token before it cuts words. Names in brackets,
+    such as <tool_call>, are taken as control tokens."""
+    plain = [name for name in names if not (name[:1] in "<[" and name[-1:] in ">]" and len(name) > 2)]
+    if plain:
+        raise ConfigError(f"{where}: takes {plain[0]!r} for one token wherever it stands (an added token), which the "
+                          "byte view does not know")  # fmt: skip
 
 
 def single_bytes(tokens: Tokens) -> "Sequence[int | None]":
