@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from bytelm.boundaries import Boundaries
 from bytelm.config import ConfigError
+from bytelm.following import Follower, Rereading
 from bytelm.generate import Sampling
 from bytelm.vocab import complete_prefix, encode
 
@@ -63,6 +64,17 @@ class ByteLM(ABC):
         block: int,
     ) -> Iterator[list[bytes]]:
         """New bytes of each row, block by block."""
+
+    def follow(self, prompts: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> Follower:
+        """Texts that grow byte by byte from the prompts. A model that keeps nothing between questions reads them from
+        the beginning at every step."""
+
+        def ask(texts: list[bytes]) -> NDArray[np.float64]:
+            return self.logprobs_batch(texts, inputs=inputs)
+
+        if inputs is not None and len(inputs) > 1:
+            raise ConfigError("follow: one input at a time")
+        return Rereading(ask, [encode(p) for p in prompts])
 
     def logprobs(self, prefix: Text = b"", *, input: Text | None = None) -> NDArray[np.float64]:
         """ln p of each of the 257 symbols after `prefix`: [257]."""

@@ -6,10 +6,11 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from bytelm.byteview.cover import Grammar, Node, Semantics, Tree, chain, log_sum
+from bytelm.byteview.cover import Grammar, Semantics, Tree, chain, log_sum
 from bytelm.byteview.token_model import Session, TokenModel
 from bytelm.byteview.vocabulary import Vocabulary
 from bytelm.config import ConfigError
+from bytelm.following import Follower, draw_rows
 from bytelm.generate import Sampling
 from bytelm.protocol import ByteLM, Score, Text
 from bytelm.vocab import END, encode
@@ -183,72 +184,36 @@ class TokenizedLM(ByteLM):
         if any(len(p) + max_bytes > self.window for p in prompts):
             raise ConfigError(f"prompt and continuation are longer than the {self.window} bytes that this model has "
                               "room for: shorten the prompt or ask for fewer bytes")  # fmt: skip
-        rows = [_Row(self.tree(p), np.random.default_rng([seed, i])) for i, p in enumerate(prompts)]
-        session = self.model.session()
-        self._read(session, [row.tree for row in rows])
-        for row, prompt in zip(rows, prompts):
-            if not row.tree.possible():
-                raise ImpossibleText(self.why(prompt))
-        given = [0] * len(rows)
-        for made in range(1, max_bytes + 1):
-            live = [row for row in rows if not row.done]
-            if not live:
-                break
-            for row in live:
-                session.forget(row.draw(sampling, stop))
-            self._read(session, [row.tree for row in live if not row.done])
-            if made % block == 0:
-                yield self._given(rows, given, stop)
-        for row in rows:
-            row.done = True
-        yield self._given(rows, given, stop)
+        return draw_rows(self.follow(prompts), len(prompts), max_bytes, sampling, seed, stop, block)
 
-    @staticmethod
-    def _given(rows: "list[_Row]", given: list[int], stop: tuple[bytes, ...]) -> list[bytes]:
-        """What each row has made since it was asked last; what may be the beginning of a stop string waits."""
-        out, wait = [], max((len(s) for s in stop), default=1) - 1
-        for i, row in enumerate(rows):
-            end = len(row.made) if row.done else max(len(row.made) - wait, given[i])
-            out.append(bytes(row.made[given[i] : end]))
-            given[i] = end
-        return out
+    def follow(self, prompts: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> Follower:
+        """Texts that grow on one cache: about one token read a byte. Raises ImpossibleText."""
+        _no_inputs(inputs)
+        return _Trees(self, [encode(p) for p in prompts])
 
 
-class _Row:
-    """A text that is being made."""
+class _Trees(Follower):
+    """The covers of some texts."""
 
-    def __init__(self, tree: Tree, rng: np.random.Generator):
-        self.tree, self.rng = tree, rng
-        self.made = bytearray()
-        self.done = False
+    def __init__(self, lm: TokenizedLM, prompts: list[bytes]):
+        self._lm, self._session = lm, lm.model.session()
+        self._trees: list[Tree | None] = [lm.tree(p) for p in prompts]
+        for tree, prompt in zip(self._trees, prompts):
+            if tree is not None and not tree.possible():
+                raise ImpossibleText(lm.why(prompt))
 
-    def draw(self, sampling: Sampling, stop: tuple[bytes, ...]) -> list[Node]:
-        """One more byte, or the end. Gives the nodes that nothing will look at any more."""
-        symbol = choose(self.tree.logprobs(), sampling, self.rng)
-        if symbol == END:
-            self.done = True
-            return []
-        self.made.append(symbol)
-        for s in stop:
-            if self.made.endswith(s):
-                del self.made[-len(s) :]
-                self.done = True
-                return []
-        return self.tree.drop(self.tree.push(symbol))
+    def logprobs(self) -> NDArray[np.float64]:
+        self._lm._read(self._session, [tree for tree in self._trees if tree is not None])
+        dead = np.full(END + 1, -np.inf)
+        return np.stack([dead if tree is None else tree.logprobs() for tree in self._trees])
 
-
-def choose(logs: NDArray[np.float64], sampling: Sampling, rng: np.random.Generator) -> int:
-    """Draws a symbol: top_k first, then top_p of what is left, keeping the symbol that crosses p."""
-    if sampling.temperature == 0:
-        return int(np.argmax(logs))
-    order = np.argsort(-logs, kind="stable")
-    ranked = logs[order] / sampling.temperature
-    if sampling.top_k:
-        ranked[sampling.top_k :] = -np.inf
-    p = np.exp(ranked - log_sum(ranked))
-    if sampling.top_p < 1:
-        p[np.cumsum(p) - p >= sampling.top_p] = 0
-    return int(order[rng.choice(len(p), p=p / p.sum())])
+    def push(self, symbols: Sequence[int]) -> None:
+        for i, (tree, symbol) in enumerate(zip(self._trees, symbols)):
+            if tree is not None and symbol == END:
+                self._session.forget([node for node in tree.held() if node.slot >= 0])
+                self._trees[i] = None
+            elif tree is not None:
+                self._session.forget(tree.drop(tree.push(symbol)))
 
 
 def _no_inputs(inputs: Sequence[Text] | None) -> None:

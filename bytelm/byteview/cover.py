@@ -160,6 +160,15 @@ class Tree:
                 node = parent
         return gone
 
+    def held(self) -> list[Node]:
+        """Every node that is still held."""
+        out, todo = [], [self.root]
+        while todo:
+            node = todo.pop()
+            out.append(node)
+            todo += node.children
+        return out
+
     def fill(self, node: Node, row: NDArray[np.floating]) -> None:
         """Gives a node the model's logits over tokens behind it; its parent must have been given them before."""
         row = np.asarray(row, np.float64)

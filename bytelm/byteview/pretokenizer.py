@@ -121,8 +121,8 @@ class _Atoms:
                 sets.add("'")
             last = ""
             if _LOOKS_BACK.search(_SETS.sub("", pattern)):
-                raise ConfigError(f"pre-tokenizer: the pattern {pattern!r} looks back; where a piece ends must not depend "
-                                  "on what stands in front of it")  # fmt: skip
+                raise ConfigError(f"pre-tokenizer: the pattern {pattern!r} looks back; where a piece ends must not "
+                                  "depend on what stands in front of it")  # fmt: skip
             for m in _ATOMS.finditer(_CONTRACTIONS.sub("", pattern)):
                 if m["count"] and last:
                     counted.add(last)

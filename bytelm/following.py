@@ -1,0 +1,93 @@
+"""Texts that grow byte by byte: asking a model at every step, and drawing from it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bytelm.generate import Sampling
+from bytelm.vocab import END
+
+
+class Follower(ABC):
+    """Some texts that grow together."""
+
+    @abstractmethod
+    def logprobs(self) -> NDArray[np.float64]:
+        """ln p of the next symbol of each text, [n, 257]."""
+
+    @abstractmethod
+    def push(self, symbols: Sequence[int]) -> None:
+        """One more byte for each text; a text that is given END has ended, and is asked no more."""
+
+
+class Rereading(Follower):
+    """Asks about every text from its beginning at every step: for models that keep nothing between questions."""
+
+    def __init__(self, ask: Callable[[list[bytes]], NDArray[np.float64]], texts: Sequence[bytes]):
+        self._ask, self._texts = ask, list(texts)
+        self._ended = [False] * len(texts)
+
+    def logprobs(self) -> NDArray[np.float64]:
+        out = np.full((len(self._texts), END + 1), -np.inf)
+        live = [i for i, ended in enumerate(self._ended) if not ended]
+        out[live] = self._ask([self._texts[i] for i in live])
+        return out
+
+    def push(self, symbols: Sequence[int]) -> None:
+        for i, symbol in enumerate(symbols):
+            if symbol == END:
+                self._ended[i] = True
+            else:
+                self._texts[i] += bytes([symbol])
+
+
+def choose(logs: NDArray[np.float64], sampling: Sampling, rng: np.random.Generator) -> int:
+    """Draws a symbol: top_k first, then top_p of what is left, keeping the symbol that crosses p."""
+    if sampling.temperature == 0:
+        return int(np.argmax(logs))
+    order = np.argsort(-logs, kind="stable")
+    ranked = logs[order] / sampling.temperature
+    if sampling.top_k:
+        ranked[sampling.top_k :] = -np.inf
+    p = np.exp(ranked - ranked[0])
+    p /= p.sum()
+    p[np.cumsum(p) - p >= sampling.top_p] = 0
+    return int(order[rng.choice(len(p), p=p / p.sum())])
+
+
+def draw_rows(
+    follower: Follower, rows: int, max_bytes: int, sampling: Sampling, seed: int, stop: tuple[bytes, ...], block: int
+) -> Iterator[list[bytes]]:
+    """New bytes of each text, every `block` bytes and at the end. Row i draws with a generator of (seed, i)."""
+    rngs = [np.random.default_rng([seed, i]) for i in range(rows)]
+    made, done, given = [bytearray() for _ in range(rows)], [False] * rows, [0] * rows
+    wait = max((len(s) for s in stop), default=1) - 1  # bytes that may be the beginning of a stop string are held back
+
+    def pieces() -> list[bytes]:
+        out = []
+        for i in range(rows):
+            end = len(made[i]) if done[i] else max(len(made[i]) - wait, given[i])
+            out.append(bytes(made[i][given[i] : end]))
+            given[i] = end
+        return out
+
+    for n in range(1, max_bytes + 1):
+        logs = follower.logprobs()
+        symbols = [END if done[i] else choose(logs[i], sampling, rngs[i]) for i in range(rows)]
+        for i, symbol in enumerate(symbols):
+            if symbol != END:
+                made[i].append(symbol)
+                end = next((s for s in stop if made[i].endswith(s)), None)
+                if end is not None:
+                    del made[i][-len(end) :]
+                    symbols[i] = END
+            done[i] = symbols[i] == END
+        if all(done) or n == max_bytes:
+            break
+        follower.push(symbols)
+        if n % block == 0:
+            yield pieces()
+    done[:] = [True] * rows
+    yield pieces()
