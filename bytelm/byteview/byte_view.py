@@ -53,7 +53,7 @@ class TokenizedLM(ByteLM):
             tree.push(byte)
         return tree
 
-    def _read(self, session: Session, trees: Sequence[Tree]) -> None:
+    def read(self, session: Session, trees: Sequence[Tree]) -> None:
         """Lets the model see the new nodes of some trees, all of them at once."""
         todo = [(tree, node) for tree in trees for node in tree.new]
         for first in range(0, len(todo), BLOCK):
@@ -69,7 +69,7 @@ class TokenizedLM(ByteLM):
         texts = [encode(p) for p in prefixes]
         texts = [t[visible_from(len(t), self.window) :] for t in texts]
         trees = [self.tree(t) for t in texts]
-        self._read(self.model.session(), trees)
+        self.read(self.model.session(), trees)
         out = np.stack([tree.logprobs() for tree in trees]) if trees else np.zeros((0, END + 1))
         for text, tree in zip(texts, trees):
             if not tree.possible():
@@ -203,7 +203,7 @@ class _Trees(Follower):
                 raise ImpossibleText(lm.why(prompt))
 
     def logprobs(self) -> NDArray[np.float64]:
-        self._lm._read(self._session, [tree for tree in self._trees if tree is not None])
+        self._lm.read(self._session, [tree for tree in self._trees if tree is not None])
         dead = np.full(END + 1, -np.inf)
         return np.stack([dead if tree is None else tree.logprobs() for tree in self._trees])
 

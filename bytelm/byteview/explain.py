@@ -27,7 +27,7 @@ def explain(lm: TokenizedLM, prompt: bytes, covers: int = 6) -> Explanation:
     if not tree.possible():
         raise ImpossibleText(lm.why(prompt))
     todo = list(tree.new)
-    lm._read(session, [tree])
+    lm.read(session, [tree])
     view = np.exp(tree.logprobs())
     total, n = log_sum(tree.log_mass()), len(tree.text)
 

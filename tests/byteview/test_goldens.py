@@ -73,14 +73,14 @@ def test_mass_is_handed_on(golden, loaded, name):
     """The mass of a text is that of its continuations: W(x) = sum of W(xb) + W(x, end), at every place."""
     lm, text = loaded[name], (golden / "text.txt").read_bytes()[:120]
     session, tree = lm.model.session(), lm.tree(b"")
-    lm._read(session, [tree])
+    lm.read(session, [tree])
     before = log_sum(tree.log_mass())
     for byte in text:
         mass = tree.log_mass()
         assert abs(log_sum(mass) - before) < 1e-4
         before = mass[byte]
         session.forget(tree.drop(tree.push(byte)))
-        lm._read(session, [tree])
+        lm.read(session, [tree])
     assert session.used < len(text)  # slots of what is no longer looked at are taken again
 
 
