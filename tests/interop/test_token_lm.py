@@ -68,7 +68,7 @@ def test_logits_equal_transformers(tmp_path, reference_python):
         io = load_file(tmp_path / name / "io.safetensors")
         with jax.default_matmul_precision("highest"):
             ours = jax.jit(lambda p, i, graph=graph: nnx.merge(graph, p)(i))(params, io["ids"].astype(np.int32))
-            as_tree = TokenModel(config, params).session(32).read(chain(io["ids"][0]))
+            as_tree = TokenModel(config, params).session(32).read(chain(io["ids"][0].tolist()))
         scale = np.abs(io["logits"]).max()
         np.testing.assert_allclose(ours, io["logits"], atol=2e-5 * scale, err_msg=name)
         np.testing.assert_allclose(as_tree, io["logits"][0], atol=2e-5 * scale, err_msg=name)
@@ -80,7 +80,7 @@ def test_tree_equals_rows(root):
     rows = np.array([[1, 300, 500, 700, 400], [1, 300, 500, 900, 800]], np.int32)
     with jax.default_matmul_precision("highest"):
         whole = np.asarray(jax.jit(lambda p, i: nnx.merge(graph, p)(i))(params, jnp.asarray(rows)))
-        first = chain(rows[0])
+        first = chain(rows[0].tolist())
         second = [Node(900, first[2], 3, 3, State(), (), (), [])]
         second.append(Node(800, second[0], 4, 4, State(), (), (), []))
         session = TokenModel(config, params).session(4)
