@@ -125,9 +125,50 @@ def damage(folder, rng):
     return f"{kind} {victim.relative_to(folder)}"
 
 
+def _overwrite(path):
+    """Every byte another one, the length the same."""
+    path.write_bytes(bytes(b ^ 0x5A for b in path.read_bytes()))
+
+
+def _largest(folder):
+    return max((p for p in folder.rglob("*") if p.is_file() and p.parent.name == "d"), key=lambda p: p.stat().st_size)
+
+
+# Twenty ways to damage what reading needs: {name: (where in the checkpoint, what is done)}
+BREAKS = {
+    **{f"{item} {how}": (lambda f, item=item: _largest(f / item), change) for item in ("params", "rest")
+       for how, change in (("cut", lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2])),
+                           ("changed", _overwrite), ("emptied", lambda p: p.write_bytes(b"")), ("gone", Path.unlink))},
+    **{f"{item} index {how}": (lambda f, item=item: f / item / "manifest.ocdbt", change) for item in ("params", "rest")
+       for how, change in (("changed", _overwrite), ("gone", Path.unlink))},
+    **{f"{item} folder gone": (lambda f, item=item: f / item, shutil.rmtree) for item in ("params", "rest")},
+    **{f"{item} {how}": (lambda f, item=item: f / item / "metadata", change) for item in ("data", "meta")
+       for how, change in (("cut", lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2])),
+                           ("a list", lambda p: p.write_text("[1, 2]")), ("gone", Path.unlink))},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_twenty_breaks_of_the_newest_checkpoint_all_fall_back(tmp_path):
+    """Whatever is broken of it, it is set aside, and the run goes on from the one before, to the same losses."""
+    assert len(BREAKS) == 20
+    config = run_config(tmp_path / "whole", steps=8, checkpoint={"keep": 4})
+    train(config)
+    wanted = losses(tmp_path / "whole")
+    for name, (where, change) in BREAKS.items():
+        run = tmp_path / name
+        shutil.copytree(tmp_path / "whole", run)
+        shutil.rmtree(run / "checkpoints" / "8")
+        change(where(run / "checkpoints" / "6"))
+        result = train(dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(run))))
+        assert (run / "checkpoints" / "broken-6").is_dir(), name
+        assert result.step == 8 and losses(run) == wanted, name
+
+
 @pytest.mark.slow
 def test_twenty_damages_to_the_newest_checkpoint(tmp_path):
-    """Whatever is wrong with it: the run goes on from it or from the one before, to the same losses and weights."""
+    """Random damage, also to what reading does not need: the run goes on from it or from the one before, to the same
+    losses and weights."""
     config = run_config(tmp_path / "whole", steps=8, checkpoint={"keep": 4})
     train(config)
     wanted, fell_back = losses(tmp_path / "whole"), 0
