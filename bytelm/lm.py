@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from bytelm.boundaries import Boundaries, first_rows, text_boundaries
 from bytelm.byteview.byte_view import TokenizedLM
-from bytelm.byteview.token_model import TokenModel
-from bytelm.byteview.token_model import structure as token_structure
+from bytelm.byteview.token_model import TokenModel, token_structure
 from bytelm.byteview.tokenizer_files import read_vocabulary, token_ids
 from bytelm.byteview.tokenizer_json import vocabulary_of
 from bytelm.checkpoint import (
@@ -30,7 +29,7 @@ from bytelm.interop import token_lm
 from bytelm.interop.gguf_file import open_gguf
 from bytelm.interop.published import NO_MODEL, is_model, open_model, open_tensors, read_record, weights_file
 from bytelm.models.build import Params, byte_ids, structure
-from bytelm.protocol import ByteLM, Score, Text, log_softmax
+from bytelm.protocol import ByteLM, Score, Text, in_context, log_softmax, no_inputs
 from bytelm.seq2seq_lm import Seq2SeqLM
 from bytelm.vocab import REPLACEMENT, encode
 from bytelm.windows import DEFAULT_WINDOW, document_windows
@@ -92,7 +91,7 @@ class NetworkLM(ByteLM):
             yield group, *pad_rows([rows[i] for i in group], bucket(len(group)), width)
 
     def logprobs_batch(self, prefixes: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> NDArray[np.float64]:
-        _no_inputs(inputs)
+        no_inputs(inputs)
         rows = [visible_inputs(self._clean(p), self.ids, self.window) for p in prefixes]
         out = np.zeros((len(rows), len(self._symbols)))
         for group, padded, lengths in self._batches(rows):
@@ -108,19 +107,16 @@ class NetworkLM(ByteLM):
         *,
         inputs: Sequence[Text] | None = None,
     ) -> list[Score]:
-        _no_inputs(inputs)
+        no_inputs(inputs)
         if window is not None and window < 1:
             raise ConfigError(f"window={window}: must be at least 1")
         window = window or self.window
-        originals = [encode(t) for t in texts]
-        after = [self._clean(t) for t in originals]
-        before = [b""] * len(after) if contexts is None else [self._clean(c) for c in contexts]
-        if len(before) != len(after):
-            raise ValueError(f"{len(after)} texts but {len(before)} contexts")
-        scores = [np.zeros(len(t)) for t in after]
+        originals = in_context(texts, contexts)
+        cleaned = [(self._clean(context), self._clean(text)) for context, text in originals]
+        scores = [np.zeros(len(text)) for _, text in cleaned]
         rows = [
             (n, start, x, y)
-            for n, (context, text) in enumerate(zip(before, after))
+            for n, (context, text) in enumerate(cleaned)
             for start, x, y in self._text_windows(context, text, window)
         ]
         for group, padded, _ in self._batches([x for _, _, x, _ in rows]):
@@ -129,7 +125,7 @@ class NetworkLM(ByteLM):
                 n, start, x, y = rows[row]
                 scored = log_softmax(line[len(x) - len(y) : len(x)], self._possible)
                 scores[n][start : start + len(y)] = scored[np.arange(len(y)), y]
-        return [self._score(text, s) for text, s in zip(originals, scores)]
+        return [self._score(text, s) for (_, text), s in zip(originals, scores)]
 
     def _score(self, text: bytes, logs: NDArray[np.float64]) -> Score:
         """A score per byte of the caller's text: a replaced byte has the sum of what stands in its place."""
@@ -151,7 +147,7 @@ class NetworkLM(ByteLM):
             start += len(scored)
 
     def _continue(self, prompts, inputs, max_bytes, sampling, seed, stop, block):
-        _no_inputs(inputs)
+        no_inputs(inputs)
         return generate_bytes(
             self.graph, self.params, self.ids, [self._clean(p) for p in prompts], window=self.window,
             max_bytes=max_bytes, sampling=sampling, seed=seed, stop=stop, block=block, wait=self.wait,
@@ -163,11 +159,6 @@ class NetworkLM(ByteLM):
             return first_rows(_levels(self.graph, self.params, inputs))
 
         return text_boundaries(levels_of, encode(text), self.ids, self.window)
-
-
-def _no_inputs(inputs: Sequence[Text] | None) -> None:
-    if inputs is not None:
-        raise ConfigError("this model only goes on with a text: it reads no input (input=, inputs=)")
 
 
 def load(

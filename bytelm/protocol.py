@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from bytelm.boundaries import Boundaries
 from bytelm.config import ConfigError
-from bytelm.following import Follower, Rereading
+from bytelm.following import Follower, Rereading, draw_rows
 from bytelm.generate import Sampling
 from bytelm.vocab import complete_prefix, encode
 
@@ -52,7 +52,6 @@ class ByteLM(ABC):
         What is longer than `window` (default: min(8192, the trained length)) is scored by the rolling rule.
         """
 
-    @abstractmethod
     def _continue(
         self,
         prompts: list[bytes],
@@ -64,6 +63,7 @@ class ByteLM(ABC):
         block: int,
     ) -> Iterator[list[bytes]]:
         """New bytes of each row, block by block."""
+        return draw_rows(self.follow(prompts, inputs=inputs), len(prompts), max_bytes, sampling, seed, stop, block)
 
     def follow(self, prompts: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> Follower:
         """Texts that grow byte by byte from the prompts. A model that keeps nothing between questions reads them from
@@ -169,3 +169,16 @@ def log_softmax(logits: NDArray, possible: NDArray[np.bool_] | None = None) -> N
         logits = np.where(possible, logits, -np.inf)
     top = logits.max(axis=-1, keepdims=True)
     return logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
+
+
+def no_inputs(inputs: Sequence[Text] | None) -> None:
+    """Raises ConfigError where a model that reads no input is given one."""
+    if inputs is not None:
+        raise ConfigError("this model only goes on with a text: it reads no input (input=, inputs=)")
+
+
+def in_context(texts: Sequence[Text], contexts: Sequence[Text] | None) -> list[tuple[bytes, bytes]]:
+    """(context, text) of each text to be scored; no contexts: empty ones. Raises ValueError for another number."""
+    if contexts is not None and len(contexts) != len(texts):
+        raise ValueError(f"{len(texts)} texts but {len(contexts)} contexts")
+    return [(encode(c), encode(t)) for c, t in zip(contexts or [b""] * len(texts), texts)]

@@ -1,6 +1,7 @@
 """A tokenized language model as a byte language model, by the Byte-Token Representation Lemma (Phan et al. 2024)."""
 
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Sequence
 from typing import get_args
 
 import numpy as np
@@ -10,9 +11,8 @@ from bytelm.byteview.cover import Grammar, Semantics, Tree, chain, log_sum
 from bytelm.byteview.token_model import Session, TokenModel
 from bytelm.byteview.vocabulary import Vocabulary
 from bytelm.config import ConfigError
-from bytelm.following import Follower, draw_rows
-from bytelm.generate import Sampling
-from bytelm.protocol import ByteLM, Score, Text
+from bytelm.following import Follower
+from bytelm.protocol import ByteLM, Score, Text, in_context, no_inputs
 from bytelm.vocab import END, encode
 from bytelm.windows import DEFAULT_WINDOW, scoring_windows, visible_from
 
@@ -65,8 +65,10 @@ class TokenizedLM(ByteLM):
 
     def logprobs_batch(self, prefixes: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> NDArray[np.float64]:
         """Raises ImpossibleText where no text begins with a prefix."""
-        _no_inputs(inputs)
+        no_inputs(inputs)
         texts = [encode(p) for p in prefixes]
+        for text in texts:
+            self._check_normal(text)
         texts = [t[visible_from(len(t), self.window) :] for t in texts]
         trees = [self.tree(t) for t in texts]
         self.read(self.model.session(), trees)
@@ -75,6 +77,13 @@ class TokenizedLM(ByteLM):
             if not tree.possible():
                 raise ImpossibleText(self.why(text))
         return out
+
+    def _check_normal(self, text: bytes) -> None:
+        """Raises ImpossibleText for a text that the tokenizer would first turn into another."""
+        form = self.vocabulary.normal
+        if form and not unicodedata.is_normalized(form, text.decode(errors="ignore")):
+            raise ImpossibleText(f"the text is not in Unicode's {form}, into which the tokenizer puts every text: "
+                                 f"normalise it first (unicodedata.normalize({form!r}, text))")  # fmt: skip
 
     def why(self, text: bytes) -> str:
         """Why no text of the tokenizer begins with these bytes."""
@@ -97,15 +106,12 @@ class TokenizedLM(ByteLM):
     ) -> list[Score]:
         """One pass of the model over the whole tree of a text. A byte that cannot stand where it does has -inf, and so
         have those behind it."""
-        _no_inputs(inputs)
+        no_inputs(inputs)
         if window is not None and not 1 <= window <= self.window:
             raise ConfigError(f"window={window}: must be in 1 .. {self.window} bytes, which this model has room for")
-        after = [encode(t) for t in texts]
-        before = [b""] * len(after) if contexts is None else [encode(c) for c in contexts]
-        if len(before) != len(after):
-            raise ValueError(f"{len(after)} texts but {len(before)} contexts")
         scores = []
-        for context, text in zip(before, after):
+        for context, text in in_context(texts, contexts):
+            self._check_normal(context + text)
             logs = np.zeros(len(text))
             for first, end, scored in scoring_windows(len(context), len(context) + len(text), window or self.window):
                 part = self._score((context + text)[first:end], scored - first)
@@ -150,6 +156,7 @@ class TokenizedLM(ByteLM):
         out = []
         assert self.vocabulary.start is not None
         for text in map(encode, texts):
+            self._check_normal(text)
             try:
                 ids = self.vocabulary.encode(text)
             except UnicodeDecodeError as e:
@@ -170,26 +177,19 @@ class TokenizedLM(ByteLM):
 
     # Samples.
 
-    def _continue(
-        self,
-        prompts: list[bytes],
-        inputs: list[bytes] | None,
-        max_bytes: int,
-        sampling: Sampling,
-        seed: int,
-        stop: tuple[bytes, ...],
-        block: int,
-    ) -> Iterator[list[bytes]]:
-        _no_inputs(inputs)
+    def _continue(self, prompts, inputs, max_bytes, sampling, seed, stop, block):
         if any(len(p) + max_bytes > self.window for p in prompts):
             raise ConfigError(f"prompt and continuation are longer than the {self.window} bytes that this model has "
                               "room for: shorten the prompt or ask for fewer bytes")  # fmt: skip
-        return draw_rows(self.follow(prompts), len(prompts), max_bytes, sampling, seed, stop, block)
+        return super()._continue(prompts, inputs, max_bytes, sampling, seed, stop, block)
 
     def follow(self, prompts: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> Follower:
         """Texts that grow on one cache: about one token read a byte. Raises ImpossibleText."""
-        _no_inputs(inputs)
-        return _Trees(self, [encode(p) for p in prompts])
+        no_inputs(inputs)
+        texts = [encode(p) for p in prompts]
+        for text in texts:
+            self._check_normal(text)
+        return _Trees(self, texts)
 
 
 class _Trees(Follower):
@@ -214,8 +214,3 @@ class _Trees(Follower):
                 self._trees[i] = None
             elif tree is not None:
                 self._session.forget(tree.drop(tree.push(symbol)))
-
-
-def _no_inputs(inputs: Sequence[Text] | None) -> None:
-    if inputs is not None:
-        raise ConfigError("this model only goes on with a text: it reads no input (input=, inputs=)")

@@ -1,16 +1,15 @@
 """Several byte language models as one: tokenized ones with different vocabularies, and byte-trained ones among them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bytelm.config import ConfigError
-from bytelm.following import Follower, draw_rows
-from bytelm.generate import Sampling
-from bytelm.protocol import ByteLM, Score, Text
-from bytelm.vocab import END, encode
+from bytelm.following import Follower
+from bytelm.protocol import ByteLM, Score, Text, in_context
+from bytelm.vocab import END
 
 Kind = Literal["mixture", "bayes", "product"]
 
@@ -104,8 +103,8 @@ class Ensemble(ByteLM):
     def _product_scores(self, texts, contexts, window, inputs) -> list[Score]:
         if window is not None:
             raise ConfigError("window: a product is scored byte by byte, over the whole text")
-        contexts, out = contexts or [b""] * len(texts), []
-        for n, (text, context) in enumerate(zip(map(encode, texts), map(encode, contexts))):
+        out = []
+        for n, (context, text) in enumerate(in_context(texts, contexts)):
             one = None if inputs is None else [inputs[n]]
             follower, logs = self.follow([context], inputs=one), []
             for byte in text:
@@ -117,18 +116,6 @@ class Ensemble(ByteLM):
 
     def follow(self, prompts: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> Follower:
         return _Joint(self, prompts, inputs)
-
-    def _continue(
-        self,
-        prompts: list[bytes],
-        inputs: list[bytes] | None,
-        max_bytes: int,
-        sampling: Sampling,
-        seed: int,
-        stop: tuple[bytes, ...],
-        block: int,
-    ) -> Iterator[list[bytes]]:
-        return draw_rows(self.follow(prompts, inputs=inputs), len(prompts), max_bytes, sampling, seed, stop, block)
 
 
 class _Joint(Follower):

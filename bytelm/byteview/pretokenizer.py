@@ -43,9 +43,9 @@ COUNTED_RUN = 12  # runs of classes that stand before a {m,n} may be shortened b
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One step. Matches of the pattern are pieces (`kept`: and so is what lies between them), or the other way round:
-    what lies between matches is a piece and each match joins the piece in front ("previous") or behind ("next"), or all
-    matches in a row are one piece ("contiguous")."""
+    """One step: where a match of the pattern begins and ends, a piece ends ("isolated"); only where it ends, so that a
+    match belongs to what stands before it ("previous"); only where it begins ("next"); or as isolated, with matches in
+    a row as one ("contiguous"). Raises ConfigError for a behavior that loses text, and on use for a broken pattern."""
 
     pattern: str
     behavior: str = "isolated"

@@ -20,7 +20,7 @@ def _extend(graph, params, ids, positions, slots, seen, places, cache):
     return nnx.merge(graph, params).extend(ids, positions, slots, seen, places, cache)
 
 
-def structure(config: TokenLMConfig) -> tuple[nnx.GraphDef, Params]:
+def token_structure(config: TokenLMConfig) -> tuple[nnx.GraphDef, Params]:
     """The network without weights: its graph, and the shapes of its parameters."""
     model = jax.eval_shape(lambda: TokenLM(config, rngs=nnx.Rngs(params=jax.random.key(0))))
     graph, state = nnx.split(model, nnx.Param)
@@ -32,7 +32,7 @@ class TokenModel:
 
     def __init__(self, config: TokenLMConfig, params: Params):
         self.config, self.params = config, params
-        self.graph, _ = structure(config)
+        self.graph, _ = token_structure(config)
 
     def session(self, slots: int = 256) -> "Session":
         """An empty cache."""

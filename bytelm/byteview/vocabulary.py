@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ class Vocabulary:
     lead: bytes = b""  # what the tokenizer puts in front of a text's bytes
     controls: dict[str, int] = dataclasses.field(default_factory=dict)  # special tokens by name
     whole_pieces: bool = False  # a piece that is a token is that token, whatever the merges say
-    normal: str = ""  # name of a Unicode normal form that texts are in
+    normal: Literal["", "NFC"] = ""  # name of a Unicode normal form that texts are in
 
     def __post_init__(self):
         if not any(self.tokens):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.config import ConfigError
 from bytelm.nn.attention import attend, causal_mask
-from bytelm.nn.layers import Embedding, Linear, RMSNorm, wide
+from bytelm.nn.layers import Affine, Embedding, LayerNorm, Linear, RMSNorm, turn, wide
 from bytelm.parallel.mesh import shard
 
 
@@ -91,41 +91,6 @@ def rotary_frequencies(config: TokenLMConfig) -> Float[Array, " f"]:
     share = (s.original / wavelength - s.low) / (s.high - s.low)  # 1 where it stays, 0 where it is stretched
     share = jnp.clip(share, 0.0, 1.0)
     return (1 - share) * frequency / s.factor + share * frequency
-
-
-def turn(x: Float[Array, "b t h k"], angle: Float[Array, "b t f"]) -> Float[Array, "b t h k"]:
-    """Rotates feature i with feature i + k / 2 by the angles given, in float32 or wider."""
-    kind = wide(x.dtype)
-    cos, sin = jnp.cos(angle)[:, :, None].astype(kind), jnp.sin(angle)[:, :, None].astype(kind)
-    a, b = jnp.split(x.astype(kind), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(variance + eps) * scale + bias, in float32 or wider; gives `dtype`."""
-
-    def __init__(self, d: int, *, eps: float, dtype: str):
-        self.scale, self.bias = nnx.Param(jnp.ones(d, jnp.float32)), nnx.Param(jnp.zeros(d, jnp.float32))
-        self.eps, self.dtype = eps, dtype
-
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        x = x.astype(wide(x.dtype))
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
-        return (x * self.scale[...] + self.bias[...]).astype(self.dtype)
-
-
-class Affine(Linear):
-    """A linear map with an optional bias."""
-
-    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, bias: bool, dtype: str, rngs: nnx.Rngs):
-        super().__init__(inputs, outputs, std=0, dtype=dtype, rngs=rngs)
-        if bias:
-            self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
-
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y = super().__call__(x)
-        return y + self.bias[...].astype(y.dtype) if hasattr(self, "bias") else y
 
 
 _ACTIVATIONS = {

@@ -61,6 +61,33 @@ class RMSNorm(nnx.Module):
         return (x * scale).astype(self.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + eps) * scale + bias, in float32 or wider; gives `dtype`."""
+
+    def __init__(self, d: int, *, eps: float, dtype: str):
+        self.scale, self.bias = nnx.Param(jnp.ones(d, jnp.float32)), nnx.Param(jnp.zeros(d, jnp.float32))
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        x = x.astype(wide(x.dtype))
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
+        return (x * self.scale[...] + self.bias[...]).astype(self.dtype)
+
+
+class Affine(Linear):
+    """A linear map with an optional bias."""
+
+    def __init__(self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, bias: bool, dtype: str, rngs: nnx.Rngs):
+        super().__init__(inputs, outputs, std=0, dtype=dtype, rngs=rngs)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y = super().__call__(x)
+        return y + self.bias[...].astype(y.dtype) if hasattr(self, "bias") else y
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dropout:
@@ -134,10 +161,15 @@ def rotate(x: Float[Array, "b t h k"], positions: Int[Array, "b t"], dim: int, t
 
     Feature i turns with feature i + dim / 2 at frequency theta^(-2i / dim); angles are computed in float32 or wider.
     """
+    frequency = theta ** (-jnp.arange(0, dim, 2, dtype=wide(x.dtype)) / dim)
+    angle = positions[..., None].astype(frequency.dtype) * frequency
+    turned = turn(x[..., :dim], angle)
+    return jnp.concatenate([turned, x[..., dim:]], -1) if dim < x.shape[-1] else turned
+
+
+def turn(x: Float[Array, "b t h k"], angle: Float[Array, "b t f"]) -> Float[Array, "b t h k"]:
+    """Rotates feature i with feature i + k / 2 by the angles given, in float32 or wider."""
     kind = wide(x.dtype)
-    frequency = theta ** (-jnp.arange(0, dim, 2, dtype=kind) / dim)
-    angle = positions[..., None].astype(kind) * frequency
-    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
-    a, b, rest = x[..., : dim // 2].astype(kind), x[..., dim // 2 : dim].astype(kind), x[..., dim:]
-    turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(x.dtype)
-    return jnp.concatenate([turned, rest], -1) if dim < x.shape[-1] else turned
+    cos, sin = jnp.cos(angle)[:, :, None].astype(kind), jnp.sin(angle)[:, :, None].astype(kind)
+    a, b = jnp.split(x.astype(kind), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

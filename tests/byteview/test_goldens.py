@@ -1,5 +1,6 @@
 """Two real small models against exact answers of a slow, certain implementation (tests/golden/convert)."""
 
+import dataclasses
 import itertools
 import json
 
@@ -131,6 +132,17 @@ def test_impossible_texts(loaded):
     score = lm.score(b"ab\xffcd")
     assert np.isfinite(score.per_byte[:2]).all() and np.isneginf(score.per_byte[2:]).all()
     assert lm.score(b"").total == 0 and lm.logprobs_batch([]).shape == (0, 257)
+
+
+def test_texts_in_another_normal_form(loaded):
+    lm = loaded["tiny_lm"]
+    nfc = TokenizedLM(lm.model, dataclasses.replace(lm.vocabulary, normal="NFC"))
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    np.testing.assert_allclose(nfc.score(composed).per_byte, lm.score(composed).per_byte, atol=1e-6)
+    assert np.isfinite(lm.score(apart).total)
+    for ask in (nfc.score, nfc.logprobs, nfc.generate, lambda t: nfc.score_tokens([t]), lambda t: nfc.follow([t])):
+        with pytest.raises(ImpossibleText, match="not in Unicode's NFC"):
+            ask(apart)
 
 
 def test_longer_than_the_model(golden, loaded):

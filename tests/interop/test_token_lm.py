@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from bytelm.byteview.cover import Node, chain
 from bytelm.byteview.readings import State
-from bytelm.byteview.token_model import TokenModel, structure
+from bytelm.byteview.token_model import TokenModel, token_structure
 from bytelm.checkpoint import CheckpointError
 from bytelm.config import ConfigError
 from bytelm.interop.published import open_tensors
@@ -54,7 +54,7 @@ for name, (kind, fields) in families.items():
 def read(folder):
     record = json.loads((folder / "config.json").read_text())
     config = config_from(record, str(folder))
-    graph, abstract = structure(config)
+    graph, abstract = token_structure(config)
     return config, graph, params_from(open_tensors(folder / "model.safetensors"), config, abstract, str(folder))
 
 
@@ -107,10 +107,10 @@ def test_what_is_refused(root):
     config = config_from({**record, "num_hidden_layers": 1}, "x")
     tensors = open_tensors(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"unknown model\.layers\.1"):
-        params_from(tensors, config, structure(config)[1], "x")
+        params_from(tensors, config, token_structure(config)[1], "x")
     config = config_from({**record, "num_hidden_layers": 3}, "x")
     with pytest.raises(CheckpointError, match=r"has no tensor model\.layers\.2"):
-        params_from(tensors, config, structure(config)[1], "x")
+        params_from(tensors, config, token_structure(config)[1], "x")
     config = config_from({**record, "intermediate_size": 255}, "x")
     with pytest.raises(CheckpointError, match="shape"):
-        params_from(tensors, config, structure(config)[1], "x")
+        params_from(tensors, config, token_structure(config)[1], "x")
