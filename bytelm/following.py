@@ -62,32 +62,46 @@ def draw_rows(
 ) -> Iterator[list[bytes]]:
     """New bytes of each text, every `block` bytes and at the end. Row i draws with a generator of (seed, i)."""
     rngs = [np.random.default_rng([seed, i]) for i in range(rows)]
-    made, done, given = [bytearray() for _ in range(rows)], [False] * rows, [0] * rows
-    wait = max((len(s) for s in stop), default=1) - 1  # bytes that may be the beginning of a stop string are held back
+    symbols: list[int] = []
 
-    def pieces() -> list[bytes]:
-        out = []
-        for i in range(rows):
-            end = len(made[i]) if done[i] else max(len(made[i]) - wait, given[i])
-            out.append(bytes(made[i][given[i] : end]))
-            given[i] = end
-        return out
-
-    for n in range(1, max_bytes + 1):
+    def step(done: list[bool]) -> list[bytes | None]:
+        nonlocal symbols
+        if symbols:
+            follower.push([END if ended else symbol for ended, symbol in zip(done, symbols)])
         logs = follower.logprobs()
         symbols = [END if done[i] else choose(logs[i], sampling, rngs[i]) for i in range(rows)]
-        for i, symbol in enumerate(symbols):
-            if symbol != END:
-                made[i].append(symbol)
-                end = next((s for s in stop if made[i].endswith(s)), None)
-                if end is not None:
-                    del made[i][-len(end) :]
-                    symbols[i] = END
-            done[i] = symbols[i] == END
-        if all(done) or n == max_bytes:
-            break
-        follower.push(symbols)
-        if n % block == 0:
-            yield pieces()
-    done[:] = [True] * rows
-    yield pieces()
+        return [None if symbol == END else bytes([symbol]) for symbol in symbols]
+
+    return emit(step, rows, max_bytes, stop, block)
+
+
+def emit(
+    step: Callable[[list[bool]], list[bytes | None]], rows: int, max_bytes: int, stop: tuple[bytes, ...], block: int
+) -> Iterator[list[bytes]]:
+    """New bytes of each text, about every `block` bytes and at the end. `step`, told which texts have ended, gives the
+    next bytes of each, or None where it ends. A text also ends in front of a `stop` string, and after `max_bytes`."""
+    made, done, given = [bytearray() for _ in range(rows)], [max_bytes == 0] * rows, [0] * rows
+    wait = max((len(s) for s in stop), default=1) - 1  # bytes that may be the beginning of a stop string are held back
+    due = block
+    while not all(done):
+        for i, new in enumerate(step(list(done))):
+            if done[i]:
+                continue
+            seen = max(len(made[i]) - wait, 0)
+            made[i] += new or b""
+            found = [(place + len(s), place) for s in stop if (place := made[i].find(s, seen)) >= 0]
+            end, place = min(found, default=(max_bytes + 1, 0))
+            done[i] = new is None or end <= max_bytes or len(made[i]) >= max_bytes
+            del made[i][place if end <= max_bytes else max_bytes :]
+        if max(map(len, made)) >= due and not all(done):
+            due += block
+            yield [bytes(part) for part in _released(made, given, done, wait)]
+    yield [bytes(part) for part in _released(made, given, done, 0)]
+
+
+def _released(made: list[bytearray], given: list[int], done: list[bool], wait: int) -> Iterator[bytearray]:
+    """What may be shown of each text and has not been."""
+    for i, text in enumerate(made):
+        end = len(text) if done[i] else max(len(text) - wait, given[i])
+        yield text[given[i] : end]
+        given[i] = end

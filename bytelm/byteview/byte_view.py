@@ -1,17 +1,21 @@
 """A tokenized language model as a byte language model, by the Byte-Token Representation Lemma (Phan et al. 2024)."""
 
+import copy
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bytelm.byteview.beam import LazyTree
 from bytelm.byteview.cover import Grammar, Semantics, Tree, chain, log_sum
 from bytelm.byteview.token_model import Session, TokenModel
+from bytelm.byteview.token_sampling import draw_tokens
 from bytelm.byteview.vocabulary import Vocabulary
 from bytelm.config import ConfigError
 from bytelm.following import Follower
+from bytelm.generate import Sampling
 from bytelm.protocol import ByteLM, Score, Text, in_context, no_inputs
 from bytelm.vocab import END, encode
 from bytelm.windows import DEFAULT_WINDOW, scoring_windows, visible_from
@@ -28,28 +32,95 @@ class TokenizedLM(ByteLM):
 
     `semantics`: masked (each step keeps to tokens with which some text begins, renormalised: an exact distribution over
     canonical strings of tokens), canonical (the same covers with the model's raw probabilities), lastfree (as
-    canonical, the last token of a cover not tested).
+    canonical, the last token of a cover not tested), all (every way to cut a text counts: what the model's own samples
+    follow; the `beam` most probable strings of tokens are kept, and `follow` bounds the rest).
+
+    `long_text`: whether `generate` refuses what is longer than the model's context, or slides: then the oldest half is
+    forgotten.
     """
 
-    def __init__(self, model: TokenModel, vocabulary: Vocabulary, semantics: str = "masked"):
+    def __init__(
+        self,
+        model: TokenModel,
+        vocabulary: Vocabulary,
+        semantics: str = "masked",
+        *,
+        beam: int = 32,
+        long_text: str = "refuse",
+        chat_template: str = "",
+    ):
         if semantics not in get_args(Semantics):
             raise ConfigError(f"semantics={semantics!r}: choose {', '.join(get_args(Semantics))}")
-        self.semantics: Semantics = semantics  # type: ignore[assignment]
+        if long_text not in ("refuse", "slide"):
+            raise ConfigError(f"long_text={long_text!r}: choose refuse or slide")
+        if beam < 1:
+            raise ConfigError(f"beam={beam}: must be at least 1")
         if vocabulary.start is None:
             raise ConfigError("the tokenizer has no token that starts a text, so the first one has no probability: "
                               "name one (bos_token in tokenizer_config.json)")  # fmt: skip
-        self.model, self.vocabulary = model, vocabulary
-        self.grammar = Grammar(vocabulary)
-        # A text of so many bytes never has more tokens than the model has positions, the start symbol among them.
-        self.window = max(min(DEFAULT_WINDOW, model.config.context - 1 - len(vocabulary.lead)), 1)
+        self.semantics: Semantics = semantics  # type: ignore[assignment]
+        self.model, self.vocabulary, self.chat_template = model, vocabulary, chat_template
+        self.beam, self.slides = beam, long_text == "slide"
+        self._stand_behind([vocabulary.start], b"", Grammar(vocabulary, vocabulary.lead))
+
+    def _stand_behind(self, trunk: list[int], opening: bytes, grammar: Grammar) -> None:
+        self.trunk, self.opening, self.grammar = trunk, opening, grammar
+        self._before = grammar.lead + opening  # bytes in front of every text
+        room = self.model.config.context - len(trunk) - len(self._before)
+        if room < 1:
+            raise ConfigError(f"{len(trunk)} tokens and {len(self._before)} bytes stand before every text, the model "
+                              f"has {self.model.config.context} positions")  # fmt: skip
+        self.window = room  # a text of so many bytes never has more tokens than there are positions left
+
+    def behind(self, *parts: Text | int, start: bool = True) -> "TokenizedLM":
+        """This model behind a beginning: what it says of a text is what it says of the text there. A beginning is bytes
+        and ids of special tokens; bytes behind the last special token stay open, so that a text may end a token that
+        they begin. Without `start`, the symbol that starts a text is left out, unless the parts have it."""
+        trunk = list(self.trunk) if start or not parts or not isinstance(parts[0], int) else []
+        opening, grammar = self.opening, self.grammar
+        for part in parts:
+            if not isinstance(part, int):
+                opening += encode(part)
+                continue
+            if not 0 <= part < len(self.vocabulary.tokens):
+                raise ConfigError(f"token {part}: the tokenizer has {len(self.vocabulary.tokens)}")
+            first = grammar.lead == self.vocabulary.lead
+            trunk += [*self.token_ids(opening, behind_special=not first), part]
+            opening = b""
+            if self.vocabulary.lead_once and grammar.lead:
+                grammar = Grammar(self.vocabulary)
+        out = copy.copy(self)
+        out._stand_behind(trunk, opening, grammar)
+        return out
+
+    def fixed(self, trunk: list[int], opening: bytes) -> "TokenizedLM":
+        """This model behind tokens that are taken as they are, whatever the tokenizer would make of them with what
+        follows; the last token of a cover is not tested then (semantics lastfree)."""
+        out = copy.copy(self)
+        out.semantics = "lastfree"
+        out._stand_behind(trunk, opening, Grammar(self.vocabulary))
+        return out
+
+    def token_ids(self, text: Text, behind_special: bool = False) -> list[int]:
+        """The tokenizer's tokens of a text. Raises ImpossibleText where it has none."""
+        data = encode(text)
+        self._check_normal(data)
+        try:
+            ids = self.vocabulary.encode(data, behind_special)
+        except UnicodeDecodeError as e:
+            raise ImpossibleText(f"the text is no UTF-8 at offset {e.start}: it has no tokens") from None
+        if ids is None:
+            raise ImpossibleText(self.why(data))
+        return ids
 
     # Trees.
 
     def tree(self, text: bytes) -> Tree:
         """The covers of a text; the model has seen none of them yet."""
-        assert self.vocabulary.start is not None
-        tree = Tree(self.grammar, self.semantics, self.vocabulary.start)
-        for byte in self.vocabulary.lead + text:
+        return self._grown(Tree(self.grammar, self.semantics, self.trunk), text)
+
+    def _grown(self, tree: Tree, text: bytes) -> Tree:
+        for byte in self._before + text:
             tree.push(byte)
         return tree
 
@@ -61,7 +132,7 @@ class TokenizedLM(ByteLM):
             for (tree, node), row in zip(part, session.read([node for _, node in part])):
                 tree.fill(node, row)
         for tree in trees:
-            tree.new.clear()
+            tree.new = []
 
     def logprobs_batch(self, prefixes: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> NDArray[np.float64]:
         """Raises ImpossibleText where no text begins with a prefix."""
@@ -70,6 +141,8 @@ class TokenizedLM(ByteLM):
         for text in texts:
             self._check_normal(text)
         texts = [t[visible_from(len(t), self.window) :] for t in texts]
+        if self.semantics == "all":
+            return self.follow(texts).logprobs() if texts else np.zeros((0, END + 1))
         trees = [self.tree(t) for t in texts]
         self.read(self.model.session(), trees)
         out = np.stack([tree.logprobs() for tree in trees]) if trees else np.zeros((0, END + 1))
@@ -87,7 +160,9 @@ class TokenizedLM(ByteLM):
 
     def why(self, text: bytes) -> str:
         """Why no text of the tokenizer begins with these bytes."""
-        end = next(n for n in range(1, len(text) + 1) if not self.tree(text[:n]).possible())
+        end = next((n for n in range(1, len(text) + 1) if not self.tree(text[:n]).possible()), 0)
+        if not end:
+            return "no text of this tokenizer has what stands before this one"
         return (
             f"no text of this tokenizer begins with these bytes: nothing spells byte 0x{text[end - 1]:02X} at offset "
             f"{end - 1} (bytes that are no UTF-8, or a character that its tokens cannot write, have probability 0 "
@@ -104,16 +179,16 @@ class TokenizedLM(ByteLM):
         *,
         inputs: Sequence[Text] | None = None,
     ) -> list[Score]:
-        """One pass of the model over the whole tree of a text. A byte that cannot stand where it does has -inf, and so
-        have those behind it."""
+        """One pass of the model over the whole tree of a text (semantics all: byte by byte). A byte that cannot stand
+        where it does has -inf, and so have those behind it."""
         no_inputs(inputs)
         if window is not None and not 1 <= window <= self.window:
             raise ConfigError(f"window={window}: must be in 1 .. {self.window} bytes, which this model has room for")
-        scores = []
+        scores, window = [], window or min(self.window, DEFAULT_WINDOW)
         for context, text in in_context(texts, contexts):
             self._check_normal(context + text)
             logs = np.zeros(len(text))
-            for first, end, scored in scoring_windows(len(context), len(context) + len(text), window or self.window):
+            for first, end, scored in scoring_windows(len(context), len(context) + len(text), window):
                 part = self._score((context + text)[first:end], scored - first)
                 logs[scored - len(context) : end - len(context)] = part
             scores.append(Score(float(logs.sum()), logs))
@@ -121,8 +196,10 @@ class TokenizedLM(ByteLM):
 
     def _score(self, text: bytes, scored: int) -> NDArray[np.float64]:
         """ln p of each byte of a text from place `scored` on."""
+        if self.semantics == "all":
+            return self._score_by_bytes(text, scored)
         tree, session = self.tree(text), self.model.session(1 << max(len(text), 1).bit_length())
-        lead = len(self.vocabulary.lead)
+        lead = len(self._before)
         total, exact = lead + len(text), self.semantics == "masked"
         mass = np.full(total + 1, -np.inf)  # of the covers of the first n bytes
         symbols = np.full((total, END + 1), -np.inf) if not exact else None
@@ -131,6 +208,8 @@ class TokenizedLM(ByteLM):
             nodes = tree.new[first : first + BLOCK]
             for node, row in zip(nodes, session.read(nodes)):
                 tree.fill(node, row)
+                if node.end < 0:
+                    continue
                 for n, (low, high) in enumerate(node.ranges, node.end):
                     if low == high:
                         continue
@@ -145,72 +224,172 @@ class TokenizedLM(ByteLM):
                 logs = np.array([row[c] - log_sum(row) for row, c in zip(rows, text[scored:])])
             else:
                 logs = np.diff(mass[lead + scored :])
-        dead = np.flatnonzero(~np.isfinite(logs))
-        if len(dead):
-            logs[dead[0] :] = -np.inf
+        return _dead_from_the_first(logs)
+
+    def _score_by_bytes(self, text: bytes, scored: int) -> NDArray[np.float64]:
+        follower, logs = self.follow([text[:scored]]), np.full(len(text) - scored, -np.inf)
+        for n, byte in enumerate(text[scored:]):
+            logs[n] = follower.logprobs()[0, byte]
+            if not np.isfinite(logs[n]):
+                break
+            follower.push([byte])
         return logs
 
     def score_tokens(self, texts: Sequence[Text]) -> list[float]:
         """ln p of the tokens that the tokenizer makes of each text, as token models are usually scored: in windows of
         the model's context, each token once, the first of a later window behind the token before it."""
-        out = []
-        assert self.vocabulary.start is not None
-        for text in map(encode, texts):
-            self._check_normal(text)
-            try:
-                ids = self.vocabulary.encode(text)
-            except UnicodeDecodeError as e:
-                raise ImpossibleText(f"the text is no UTF-8 at offset {e.start}: it has no tokens") from None
-            if ids is None:
-                raise ImpossibleText(self.why(text))
-            row, total = [self.vocabulary.start, *ids], 0.0
-            for first, end, scored in scoring_windows(0, len(ids), self.model.config.context):
+        if self.opening:
+            raise ConfigError("score_tokens: bytes stand before the text, whose tokens would be others with it")
+        out, past = [], len(self.trunk)
+        for text in texts:
+            row, total = [*self.trunk, *self.token_ids(text, behind_special=not self.grammar.lead)], 0.0
+            for first, end, scored in scoring_windows(past - 1, len(row) - 1, self.model.config.context):
                 session, nodes = self.model.session(), chain(row[first:end])
                 for begin in range(0, len(nodes), BLOCK):
                     part = nodes[begin : begin + BLOCK]
                     for n, logits in enumerate(session.read(part), first + begin):
                         if n >= scored:
                             logits = logits.astype(np.float64)
-                            total += float(logits[ids[n]] - log_sum(logits))
+                            total += float(logits[row[n + 1]] - log_sum(logits))
             out.append(total)
         return out
 
     # Samples.
 
     def _continue(self, prompts, inputs, max_bytes, sampling, seed, stop, block):
-        if any(len(p) + max_bytes > self.window for p in prompts):
+        fits = all(len(p) + max_bytes <= self.window for p in prompts)
+        if not fits and not self.slides:
             raise ConfigError(f"prompt and continuation are longer than the {self.window} bytes that this model has "
-                              "room for: shorten the prompt or ask for fewer bytes")  # fmt: skip
+                              "room for: shorten the prompt, ask for fewer bytes, or let it slide "
+                              "(long_text)")  # fmt: skip
+        if fits and sampling == Sampling() and self.semantics in ("masked", "all"):
+            no_inputs(inputs)
+            return self._by_tokens(prompts, max_bytes, sampling, seed, stop, block)
         return super()._continue(prompts, inputs, max_bytes, sampling, seed, stop, block)
 
-    def follow(self, prompts: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> Follower:
-        """Texts that grow on one cache: about one token read a byte. Raises ImpossibleText."""
+    def _by_tokens(self, prompts, max_bytes, sampling, seed, stop, block) -> Iterator[list[bytes]]:
+        follower = self.follow(prompts)
+        follower.logprobs()
+        return draw_tokens(follower.session, follower.trees, max_bytes, sampling, seed, stop, block)
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[Text],
+        max_bytes: int = 200,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop: Sequence[Text] = (),
+        seed: int = 0,
+    ) -> list[bytes]:
+        """As `generate_batch`, but temperature, top_k and top_p are of tokens, as token models are usually sampled; the
+        prompt's last token is drawn with them too. Raises ConfigError where prompt and continuation do not fit."""
+        if self.semantics not in ("masked", "all"):
+            raise ConfigError(f"semantics={self.semantics}: its tokens have no law of their own; use masked or all")
+        request = self._request(prompts, None, max_bytes, temperature, top_k, top_p, stop, seed)
+        if any(len(p) + max_bytes > self.window for p in request[0]):
+            raise ConfigError(f"prompt and continuation are longer than the {self.window} bytes that there is room for")
+        out = [b""] * len(prompts)
+        for new in self._by_tokens(request[0], *request[2:], block=32) if prompts else ():
+            out = [a + b for a, b in zip(out, new)]
+        return out
+
+    def follow(
+        self, prompts: Sequence[Text], *, inputs: Sequence[Text] | None = None, skip: float | None = None
+    ) -> "Covers":
+        """Texts that grow on one cache: about one token read a byte, or fewer where nodes whose share of the mass is at
+        most `skip` may wait (`Covers.bounds` then says how far off it is; default: 0, under semantics all 1e-6). Raises
+        ImpossibleText."""
         no_inputs(inputs)
+        skip = (1e-6 if self.semantics == "all" else 0.0) if skip is None else skip
+        if not 0 <= skip < 1:
+            raise ConfigError(f"skip={skip}: must be in [0, 1)")
         texts = [encode(p) for p in prompts]
         for text in texts:
             self._check_normal(text)
-        return _Trees(self, texts)
+        return Covers(self, texts, skip)
 
 
-class _Trees(Follower):
-    """The covers of some texts."""
+class Covers(Follower):
+    """The covers of some texts that grow. A text longer than the model has room for is read again from its later half
+    where the model slides; else ConfigError."""
 
-    def __init__(self, lm: TokenizedLM, prompts: list[bytes]):
-        self._lm, self._session = lm, lm.model.session()
-        self._trees: list[Tree | None] = [lm.tree(p) for p in prompts]
-        for tree, prompt in zip(self._trees, prompts):
+    def __init__(self, lm: TokenizedLM, prompts: list[bytes], skip: float):
+        self._lm, self._skip = lm, skip
+        self.session = lm.model.session()
+        self._texts = list(prompts)
+        self.trees: list[Tree | None] = [self._begin(text) for text in prompts]
+        for tree, prompt in zip(self.trees, prompts):
             if tree is not None and not tree.possible():
                 raise ImpossibleText(lm.why(prompt))
 
+    def _begin(self, text: bytes) -> Tree:
+        lm = self._lm
+        if lm.slides:
+            text = text[visible_from(len(text), lm.window) :]
+        if lm.semantics != "all" and not self._skip:
+            return lm.tree(text)
+        tree = LazyTree(lm.grammar, lm.semantics, lm.trunk, self._skip, lm.beam, eager=lm.semantics != "all")
+        if tree.eager:
+            lm._grown(tree, text)
+            lm.read(self.session, [tree])
+            tree.eager = False
+            return tree
+        for byte in lm._before + text:
+            self._settle([tree])
+            self.session.forget(tree.drop(tree.push(byte)))
+        return tree
+
+    def _settle(self, trees: Sequence[Tree]) -> None:
+        """Reads what must be read."""
+        while True:
+            self._lm.read(self.session, trees)
+            for tree in trees:
+                if isinstance(tree, LazyTree):
+                    tree.new = tree.choose()
+            if not any(tree.new for tree in trees):
+                break
+        for tree in trees:
+            if isinstance(tree, LazyTree):
+                self.session.forget(tree.prune())
+
     def logprobs(self) -> NDArray[np.float64]:
-        self._lm.read(self._session, [tree for tree in self._trees if tree is not None])
+        self._settle([tree for tree in self.trees if tree is not None])
         dead = np.full(END + 1, -np.inf)
-        return np.stack([dead if tree is None else tree.logprobs() for tree in self._trees])
+        return np.stack([dead if tree is None else tree.logprobs() for tree in self.trees])
+
+    def bounds(self) -> NDArray[np.float64]:
+        """How far each text's distribution may be from the true one (total variation), [n]. After `logprobs`."""
+        return np.array([tree.bound() if isinstance(tree, LazyTree) else 0.0 for tree in self.trees])
+
+    def intervals(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Least and greatest probability of each next symbol of each text, [n, 257] each. After `logprobs`."""
+        pairs = []
+        for tree in self.trees:
+            if isinstance(tree, LazyTree):
+                pairs.append(tree.interval())
+            else:
+                row = np.zeros(END + 1) if tree is None else np.exp(tree.logprobs())
+                pairs.append((row, row))
+        return np.stack([low for low, _ in pairs]), np.stack([high for _, high in pairs])
 
     def push(self, symbols: Sequence[int]) -> None:
-        for i, (tree, symbol) in enumerate(zip(self._trees, symbols)):
-            if tree is not None and symbol == END:
-                self._session.forget([node for node in tree.held() if node.slot >= 0])
-                self._trees[i] = None
-            elif tree is not None:
-                self._session.forget(tree.drop(tree.push(symbol)))
+        for i, (tree, symbol) in enumerate(zip(self.trees, symbols)):
+            if tree is None:
+                continue
+            if symbol != END:
+                self._texts[i] += bytes([symbol])
+                if len(self._texts[i]) <= self._lm.window or not self._lm.slides:
+                    self.session.forget(tree.drop(tree.push(symbol)))
+                    continue
+            self.session.forget([node for node in tree.held() if node.slot >= 0])
+            self.trees[i] = None if symbol == END else self._begin(self._texts[i])
+
+
+def _dead_from_the_first(logs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """With -inf from the first impossible byte on."""
+    dead = np.flatnonzero(~np.isfinite(logs))
+    if len(dead):
+        logs[dead[0] :] = -np.inf
+    return logs

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bytelm.byteview.readings import State
 from bytelm.byteview.vocabulary import Vocabulary
 
-Semantics = Literal["masked", "canonical", "lastfree"]
+Semantics = Literal["masked", "canonical", "lastfree", "all"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -24,8 +24,8 @@ class Node:
 
     token: int  # the last one; the start symbol in the root
     parent: "Node | None"
-    end: int  # bytes
-    depth: int  # tokens, the start symbol not counted
+    end: int  # bytes; -1: it stands before the text
+    depth: int  # tokens before it
     state: State
     marks: tuple[int, ...]  # byte offsets of the state's places: its last certain cut, its edges
     tail: tuple[int, ...]  # the last tokens, as many as the segmenter looks at
@@ -34,6 +34,7 @@ class Node:
     slot: int = -1  # where the model keeps it
     row: NDArray[np.float64] | None = None  # ln p of each token behind it, [v]; what is not allowed has -inf
     children: "list[Node]" = dataclasses.field(default_factory=list)  # that are held
+    passed: bool = False  # of a node that waits (beam.py): some token behind it ends inside the text
 
     def ancestors(self) -> "list[Node]":
         """Itself, its parent and so on up to the root."""
@@ -45,23 +46,25 @@ class Node:
 
 
 def chain(tokens: Sequence[int]) -> list[Node]:
-    """One node for each of some tokens in a row; the first is what starts the text. For the model only."""
+    """One node for each of some tokens in a row, the first of which starts the text. For the model only."""
     nodes: list[Node] = []
     for n, token in enumerate(tokens):
-        nodes.append(Node(token, nodes[-1] if nodes else None, n, n, State(), (), (), []))
+        nodes.append(Node(token, nodes[-1] if nodes else None, -1, n, State(), (), (), []))
     return nodes
 
 
 class Grammar:
-    """Which tokens may follow a node."""
+    """Which tokens may follow a node. `lead`: what the tokenizer puts in front of the text."""
 
-    def __init__(self, vocabulary: Vocabulary):
-        self.vocabulary = vocabulary
+    def __init__(self, vocabulary: Vocabulary, lead: bytes = b""):
+        self.vocabulary, self.lead = vocabulary, lead
         self._masks: dict[tuple, NDArray[np.bool_]] = {}
 
-    def root(self, token: int) -> Node:
-        """The empty text."""
-        return Node(token, None, 0, 0, State(), (0,), (), [(0, len(self.vocabulary.order))])
+    def root(self, trunk: Sequence[int]) -> Node:
+        """The empty text behind some tokens."""
+        before = chain(trunk[:-1])
+        parent = before[-1] if before else None
+        return Node(trunk[-1], parent, 0, len(before), State(), (0,), (), [(0, len(self.vocabulary.order))])
 
     def child(self, node: Node, token: int, text: bytes) -> Node | None:
         """The node behind one more token, or None where no text begins with these tokens. `text`: all of its bytes."""
@@ -87,11 +90,11 @@ class Grammar:
     def mask(self, node: Node, text: bytes) -> NDArray[np.bool_]:
         """Which tokens may come next, [v]: those with which some text begins; the end symbol, if one ends here."""
         v = self.vocabulary
-        bare = bool(v.lead) and node.end == len(v.lead)  # the lead stands in front of a text, never alone
+        bare = bool(self.lead) and node.end == len(self.lead)  # the lead stands in front of a text, never alone
         key = (node.state, node.tail, bare)
         if key not in self._masks:
             self._masks[key] = self._mask(node)
-            self._masks[key][v.end] &= not bare
+            self._masks[key][v.ends] &= not bare
         out = self._masks[key]
         if v.whole_pieces:
             heads = [text[place : node.end] for place in node.marks if place < node.end]
@@ -113,19 +116,20 @@ class Grammar:
         if v.whole_pieces:
             out |= allowed.exists[1, 1][number] & ~beginning
         out &= kinds >= 0
-        out[v.end] = allowed.end
+        out[v.ends] = allowed.end
         return out
 
 
 class Tree:
-    """The covers of a growing text, for one semantics. What the model says of a node is put into it from outside."""
+    """The covers of a text that grows behind some tokens, the trunk. What the model says of a node is put into it from
+    outside."""
 
-    def __init__(self, grammar: Grammar, semantics: Semantics, start: int):
+    def __init__(self, grammar: Grammar, semantics: Semantics, trunk: Sequence[int]):
         self.grammar, self.semantics = grammar, semantics
         self.text = b""
-        self.root = grammar.root(start)
+        self.root = grammar.root(trunk)
         self.open = [self.root]  # nodes some of whose tokens spell what comes behind them
-        self.new = [self.root]  # nodes that the model has not seen
+        self.new = self.root.ancestors()[::-1]  # nodes that the model has not seen
 
     def push(self, byte: int) -> list[Node]:
         """One more byte. Gives the nodes that it closes: no token of theirs spells the text any more."""
@@ -138,7 +142,7 @@ class Tree:
             (still if low < high else closed).append(node)
             stop = low + int(np.searchsorted(v.lengths[low:high] > end - node.end, True))
             for place in range(low, stop):  # tokens that end here
-                child = self.grammar.child(node, int(v.order[place]), self.text)
+                child = self.child(node, int(v.order[place]), self.text)
                 if child is not None:
                     node.children.append(child)
                     if node.row is not None:
@@ -148,21 +152,38 @@ class Tree:
         self.open = still
         return closed
 
+    def child(self, node: Node, token: int, text: bytes) -> Node | None:
+        """The node behind one more token (None: no text begins so). `text`: all of its bytes."""
+        if self.semantics != "all":
+            return self.grammar.child(node, token, text)
+        ranges = [(0, len(self.grammar.vocabulary.order))]
+        return Node(token, node, len(text), node.depth + 1, State(), (), (), ranges)
+
+    def mask(self, node: Node) -> NDArray[np.bool_] | None:
+        """Which tokens count behind a node, [v]; None: all."""
+        return None if self.semantics in ("lastfree", "all") else self.grammar.mask(node, self.text)
+
     def drop(self, closed: list[Node]) -> list[Node]:
         """Takes away closed nodes that nothing stands behind, and those that are left without anything; gives them."""
-        gone, alive = [], {id(node) for node in self.open}
+        return self._drop(closed, {id(node) for node in self.open})
+
+    @staticmethod
+    def _drop(closed: Sequence[Node], alive: set[int]) -> list[Node]:
+        gone, kept = [], set(alive)
         for node in closed:
-            while node is not None and not node.children and id(node) not in alive:
+            while not node.children and id(node) not in kept:
+                kept.add(id(node))  # once
                 gone.append(node)
                 node.row, parent = None, node.parent
-                if parent is not None:
-                    parent.children.remove(node)
+                if parent is None or parent.end < 0:
+                    break
+                parent.children.remove(node)
                 node = parent
         return gone
 
     def held(self) -> list[Node]:
-        """Every node that is still held."""
-        out, todo = [], [self.root]
+        """Every node that is still held, and the trunk."""
+        out, todo = self.root.ancestors()[1:], [self.root]
         while todo:
             node = todo.pop()
             out.append(node)
@@ -171,6 +192,8 @@ class Tree:
 
     def fill(self, node: Node, row: NDArray[np.floating]) -> None:
         """Gives a node the model's logits over tokens behind it; its parent must have been given them before."""
+        if node.end < 0:
+            return
         row = np.asarray(row, np.float64)
         row = row - log_sum(row)
         if self.semantics == "masked":
@@ -187,7 +210,7 @@ class Tree:
         ids, depth = v.order[low:high], n - node.end
         assert node.row is not None
         row = node.row[ids]
-        mask = None if self.semantics == "lastfree" else self.grammar.mask(node, self.text)
+        mask = self.mask(node)
         if self.semantics == "canonical" and mask is not None:
             row = np.where(mask[ids], row, -np.inf)
         out = np.full(257, -np.inf)
@@ -197,12 +220,13 @@ class Tree:
         if top > -np.inf:
             with np.errstate(divide="ignore"):
                 out[:256] = np.log(np.bincount(byte[longer], np.exp(row[longer] - top), 256)) + top
-        if not depth and (mask is None or mask[v.end]):
-            out[256] = node.row[v.end]
+        if not depth and (mask is None or mask[v.ends[0]]):
+            out[256] = log_sum(node.row[v.ends])
         return out
 
     def reaching(self, node: Node, n: int) -> float:
-        """ln of the mass of a node's tokens that spell the bytes from its end to n and perhaps go on."""
+        """ln of the mass of a node's tokens that spell the bytes from its end to n and perhaps go on. With canonical
+        covers the mask counts."""
         low, high = node.ranges[n - node.end]
         ids = self.grammar.vocabulary.order[low:high]
         assert node.row is not None
@@ -217,14 +241,14 @@ class Tree:
         return np.logaddexp.reduce(parts, axis=0) if parts else np.full(257, -np.inf)
 
     def possible(self) -> bool:
-        """Whether some text begins with the text so far (lastfree: whether tokens spell it)."""
-        if self.semantics == "lastfree":
+        """Whether some text begins with the text so far (lastfree, all: whether tokens spell it)."""
+        if self.semantics in ("lastfree", "all"):
             return bool(self.open)
         order = self.grammar.vocabulary.order
         for node in self.open:
             low, high = node.ranges[-1]
             mask = self.grammar.mask(node, self.text)
-            if mask[order[low:high]].any() or (node.end == len(self.text) and mask[self.grammar.vocabulary.end]):
+            if mask[order[low:high]].any() or (node.end == len(self.text) and mask[self.grammar.vocabulary.ends[0]]):
                 return True
         return False
 

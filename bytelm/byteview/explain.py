@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bytelm.byteview.byte_view import ImpossibleText, TokenizedLM
-from bytelm.byteview.cover import Node, chain, log_sum
+from bytelm.byteview.cover import Node, log_sum
+from bytelm.byteview.healing import uncorrected
 from bytelm.vocab import END
 
 
@@ -32,7 +33,7 @@ def explain(lm: TokenizedLM, prompt: bytes, covers: int = 6) -> Explanation:
     total, n = log_sum(tree.log_mass()), len(tree.text)
 
     def words(node: Node) -> list[bytes]:
-        return [v.tokens[a.token] or b"" for a in reversed(node.ancestors()[:-1])]
+        return [v.tokens[a.token] or b"" for a in reversed(node.ancestors()) if a.end > 0]
 
     found: list[tuple[list[bytes], float]] = []
     for node in todo:
@@ -54,20 +55,13 @@ def explain(lm: TokenizedLM, prompt: bytes, covers: int = 6) -> Explanation:
 
 
 def _plain(lm: TokenizedLM, prompt: bytes) -> tuple[list[bytes], NDArray[np.float64] | None]:
-    """The prompt's own tokens, and the first byte of the token that the model puts behind them."""
-    v = lm.vocabulary
+    """The prompt's own tokens, and what the model says behind them."""
     try:
-        ids = v.encode(prompt)
-    except UnicodeDecodeError:
-        ids = None
-    if ids is None:
+        plain = uncorrected(lm, prompt)
+    except ImpossibleText:
         return [], None
-    assert v.start is not None
-    row = np.asarray(lm.model.session().read(chain([v.start, *ids]))[-1], np.float64)
-    row = np.exp(row - log_sum(row))
-    out = np.bincount(v.table[:, 0], row[v.order], END + 1)
-    out[END] += row[v.end]
-    return [v.tokens[i] or b"" for i in ids], out / out.sum()
+    tokens = [lm.vocabulary.tokens[i] or b"" for i in plain.trunk[len(lm.trunk) :]]
+    return tokens, np.exp(plain.logprobs())
 
 
 def table(explanation: Explanation, top: int = 6) -> str:

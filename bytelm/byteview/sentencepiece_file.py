@@ -1,7 +1,7 @@
 """SentencePiece's tokenizer.model (a protocol buffer) as a Vocabulary. BPE models with or without byte fallback."""
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from bytelm.byteview.pretokenizer import Pretokenizer
 from bytelm.byteview.segmenter import NEVER, CharacterPairs
 from bytelm.byteview.tokenizer_json import SPACE
-from bytelm.byteview.vocabulary import Vocabulary, check_added
+from bytelm.byteview.vocabulary import Vocabulary, check_added, usual_end
 from bytelm.config import ConfigError
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # ModelProto.SentencePiece.Type
@@ -52,7 +52,7 @@ def _message(data: int | bytes) -> dict[int, int | bytes]:
     return dict(_fields(data))
 
 
-def read_sentencepiece(path: Path, *, size: int = 0, start: int | None = None, end: int | None = None) -> Vocabulary:
+def read_sentencepiece(path: Path, *, size: int = 0, start: int | None = None, ends: Sequence[int] = ()) -> Vocabulary:
     """The vocabulary of a .model file. `size`: ids of the network, where it has more. Raises ConfigError."""
     pieces: list[tuple[bytes, float, int]] = []
     trainer: dict[int, int | bytes] = {}
@@ -99,10 +99,7 @@ def read_sentencepiece(path: Path, *, size: int = 0, start: int | None = None, e
         elif what in (CONTROL, USER, UNKNOWN):
             controls[text.decode(errors="replace")] = i
     check_added((text.decode(errors="replace") for text, _, what in pieces if what == USER), str(path))
-    if end is None:
-        end = next((controls[name] for name in ("</s>", "<eos>") if name in controls), None)
-        if end is None:
-            raise ConfigError(f"{path}: neither the model's config nor the tokenizer says which token ends a text")
     lead = b" " if normalizer.get(3, 1) else b""
     segmenter = CharacterPairs(tokens, None, rank.tolist(), fallback=fallback)
-    return Vocabulary(tuple(tokens), segmenter, Pretokenizer(()), end, start, lead, controls)
+    ends = list(ends) or usual_end(controls, str(path))
+    return Vocabulary(tuple(tokens), segmenter, Pretokenizer(()), ends, start, lead, controls=controls)

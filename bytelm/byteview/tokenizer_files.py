@@ -35,8 +35,8 @@ def read_vocabulary(folder: Path, record: dict[str, Any]) -> Vocabulary:
 def token_ids(record: dict[str, Any]) -> dict[str, Any]:
     """What a config.json says of a model's ids: how many, and which start and end a text (None: it does not say)."""
     end = record.get("eos_token_id")
-    end = end[0] if isinstance(end, list) and end else end
-    return {"size": record.get("vocab_size", 0), "start": record.get("bos_token_id"), "end": end}
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    return {"size": record.get("vocab_size", 0), "start": record.get("bos_token_id"), "ends": ends}
 
 
 def _with_start(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
@@ -49,5 +49,5 @@ def _with_start(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
         except (OSError, ValueError, AttributeError) as e:
             raise ConfigError(f"{path}: cannot be read as JSON ({e})") from None
     name = name.get("content") if isinstance(name, dict) else name
-    start = vocabulary.control(name) if name else vocabulary.end
+    start = vocabulary.control(name) if name else vocabulary.ends[0]
     return dataclasses.replace(vocabulary, start=start)

@@ -1,6 +1,7 @@
 """Hugging Face's tokenizer.json as a Vocabulary: byte-level BPE, and BPE over characters with byte fallback."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import regex
 
 from bytelm.byteview.pretokenizer import GPT2, Pretokenizer, Split
 from bytelm.byteview.segmenter import BytePairs, CharacterPairs
-from bytelm.byteview.vocabulary import Vocabulary, check_added, single_bytes
+from bytelm.byteview.vocabulary import Vocabulary, check_added, single_bytes, usual_end
 from bytelm.config import ConfigError
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
@@ -33,10 +34,10 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
 
 
 def vocabulary_of(
-    data: dict[str, Any], *, size: int = 0, start: int | None = None, end: int | None = None
+    data: dict[str, Any], *, size: int = 0, start: int | None = None, ends: Sequence[int] = ()
 ) -> Vocabulary:
     """The vocabulary of a tokenizer.json's contents. `size`: ids of the model, where it has more than the tokenizer;
-    `start`, `end`: what the model's config says."""
+    `start`, `ends`: what the model's config says."""
     model = data["model"]
     if model.get("type", "BPE") != "BPE":
         raise ConfigError(f"a tokenizer of type {model['type']} gives tokens whose bytes do not join to the text, or "
@@ -46,7 +47,7 @@ def vocabulary_of(
             raise ConfigError(f"the tokenizer marks words by {name}={model[name]!r}: its tokens' bytes do not join to "
                               "the text, so there is no byte view of it")  # fmt: skip
     steps, normal, lead, byte_level = _steps(data.get("pre_tokenizer")), "", "", False
-    spaces = False  # whether a space is written as SPACE
+    spaces = once = False  # whether a space is written as SPACE; whether the lead stands at the very beginning only
     for part in _parts(data.get("normalizer")):
         kind = part["type"]
         if kind in ("NFC",):
@@ -66,6 +67,7 @@ def vocabulary_of(
             spaces = True
             scheme = part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never")
             lead += "" if scheme == "never" else SPACE
+            once = scheme == "first"
     added = data.get("added_tokens") or []
     vocab: dict[str, int] = model["vocab"]
     count = max([size, *(i + 1 for i in vocab.values()), *(t["id"] + 1 for t in added)])
@@ -74,7 +76,7 @@ def vocabulary_of(
     table = byte_characters()
     controls = {t["content"]: t["id"] for t in added}
     check_added((t["content"] for t in added if not t.get("special")), "the tokenizer")
-    marked = set(controls.values())
+    marked = {*controls.values(), *ends}
     for text, i in vocab.items():
         if i in marked:
             continue
@@ -100,13 +102,9 @@ def vocabulary_of(
         segmenter = BytePairs(tokens, merges, units=units)
     else:
         segmenter = CharacterPairs(tokens, merges, fallback=fallback)
-    if end is None:
-        end = next((i for name, i in controls.items() if name in ("</s>", "<|endoftext|>", "<|end_of_text|>")), None)
-        if end is None:
-            raise ConfigError("neither the model's config nor the tokenizer says which token ends a text")
     return Vocabulary(
-        tuple(tokens), segmenter, Pretokenizer(steps), end, start,
-        lead.replace(SPACE, " ").encode(), controls, bool(model.get("ignore_merges")), normal,
+        tuple(tokens), segmenter, Pretokenizer(steps), list(ends) or usual_end(controls, "the tokenizer"), start,
+        lead.replace(SPACE, " ").encode(), once, controls, bool(model.get("ignore_merges")), normal,
     )  # fmt: skip
 
 

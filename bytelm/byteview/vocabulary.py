@@ -22,9 +22,10 @@ class Vocabulary:
     tokens: tuple[bytes | None, ...]
     segmenter: Segmenter
     pretokenizer: Pretokenizer
-    end: int  # id that ends a text
+    ends: list[int]  # ids that end a text
     start: int | None = None  # id in front of a text
     lead: bytes = b""  # what the tokenizer puts in front of a text's bytes
+    lead_once: bool = False  # not in front of what stands behind a special token
     controls: dict[str, int] = dataclasses.field(default_factory=dict)  # special tokens by name
     whole_pieces: bool = False  # a piece that is a token is that token, whatever the merges say
     normal: Literal["", "NFC"] = ""  # name of a Unicode normal form that texts are in
@@ -32,8 +33,8 @@ class Vocabulary:
     def __post_init__(self):
         if not any(self.tokens):
             raise ConfigError("the tokenizer has no token with bytes")
-        if not 0 <= self.end < len(self.tokens):
-            raise ConfigError(f"the id {self.end} that ends a text is not among the tokenizer's {len(self.tokens)}")
+        if not self.ends or not all(0 <= end < len(self.tokens) for end in self.ends):
+            raise ConfigError(f"the ids {self.ends} that end a text are not among the tokenizer's {len(self.tokens)}")
 
     @cached_property
     def order(self) -> NDArray[np.int32]:
@@ -55,6 +56,13 @@ class Vocabulary:
         for row, i in enumerate(self.order):
             text = self.tokens[i] or b""
             out[row, : len(text)] = np.frombuffer(text, np.uint8)
+        return out
+
+    @cached_property
+    def spoken(self) -> NDArray[np.bool_]:
+        """Which tokens have bytes, or end a text, [v]."""
+        out = np.array([bool(t) for t in self.tokens])
+        out[self.ends] = True
         return out
 
     @cached_property
@@ -89,12 +97,13 @@ class Vocabulary:
                 out.setdefault(text, []).append(i)
         return out
 
-    def encode(self, text: bytes) -> list[int] | None:
+    def encode(self, text: bytes, behind_special: bool = False) -> list[int] | None:
         """The tokenizer's tokens of a text (valid UTF-8), its lead included; None where it cannot be written."""
         out: list[int] = []
         if not text:
             return out
-        for piece in self.pretokenizer.pieces(self.lead.decode() + text.decode()):
+        lead = b"" if behind_special and self.lead_once else self.lead
+        for piece in self.pretokenizer.pieces(lead.decode() + text.decode()):
             data = piece.encode()
             whole = self.unreachable.get(data) if self.whole_pieces else None
             ids = [whole] if whole is not None else self.segmenter.encode(data)
@@ -118,6 +127,14 @@ def check_added(names: Iterable[str], where: str) -> None:
     if plain:
         raise ConfigError(f"{where}: takes {plain[0]!r} for one token wherever it stands (an added token), which the "
                           "byte view does not know")  # fmt: skip
+
+
+def usual_end(controls: dict[str, int], where: str) -> list[int]:
+    """The special token that usually ends a text. Raises ConfigError where there is none."""
+    found = [controls[name] for name in ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>") if name in controls]
+    if not found:
+        raise ConfigError(f"{where}: neither the model's config nor the tokenizer says which token ends a text")
+    return found[:1]
 
 
 def single_bytes(tokens: Tokens) -> "Sequence[int | None]":

@@ -159,7 +159,7 @@ def test_longer_than_the_model(golden, loaded):
 
 
 def test_wrong_arguments(golden, loaded):
-    with pytest.raises(ConfigError, match="semantics='all'"):
-        bytelm.load(golden / "model_tiny_lm", semantics="all")
+    with pytest.raises(ConfigError, match="semantics='each'"):
+        bytelm.load(golden / "model_tiny_lm", semantics="each")
     with pytest.raises(ConfigError, match="reads no input"):
         loaded["tiny_lm"].logprobs(b"a", input=b"b")

@@ -37,7 +37,7 @@ def random_vocabulary(rng, alphabet, pattern, *, whole_pieces=False, ranked=Fals
     rank = [NEVER - 1 if len(t) == 1 else i for i, t in enumerate(tokens)] + [NEVER, NEVER]
     segmenter = BytePairs(all_tokens, None if ranked else merges, rank, units=lambda p: [ids[bytes([b])] for b in p])
     steps = (Split(pattern),) if pattern else ()
-    return Vocabulary(tuple(all_tokens), segmenter, Pretokenizer(steps), len(tokens) + 1, len(tokens),
+    return Vocabulary(tuple(all_tokens), segmenter, Pretokenizer(steps), [len(tokens) + 1], len(tokens),
                       whole_pieces=whole_pieces)  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def check_masks(vocabulary, alphabet, length, reach):
     """Every node up to `length - reach` bytes allows just the tokens with which some text begins."""
     begun, whole = canonical_prefixes(vocabulary, alphabet, length)
     grammar = Grammar(vocabulary)
-    todo, seen = [(grammar.root(vocabulary.start), (), b"")], 0
+    todo, seen = [(grammar.root([vocabulary.start]), (), b"")], 0
     while todo:
         node, ids, text = todo.pop()
         mask = grammar.mask(node, text)
@@ -69,7 +69,7 @@ def check_masks(vocabulary, alphabet, length, reach):
             assert (child is not None) == expected, (text, ids, data, expected)
             if child is not None:
                 todo.append((child, (*ids, t), text + data))
-        assert mask[vocabulary.end] == (ids in whole), (text, ids)
+        assert mask[vocabulary.ends[0]] == (ids in whole), (text, ids)
         seen += 1
     return seen
 

@@ -26,7 +26,7 @@ def vocabulary_of(case):
         ids = {p: i for i, p in enumerate(pieces)}
         merges = [(ids[a.encode()], ids[b.encode()], ids[(a + b).encode()]) for a, b in case["merges"]]
         segmenter = BytePairs(tokens, merges, units=lambda piece: [ids[bytes([b])] for b in piece])
-    return Vocabulary(tokens, segmenter, Pretokenizer(), end=len(pieces) + 1, start=len(pieces))
+    return Vocabulary(tokens, segmenter, Pretokenizer(), ends=[len(pieces) + 1], start=len(pieces))
 
 
 def token_model(case, vocabulary):
@@ -37,7 +37,7 @@ def token_model(case, vocabulary):
         p = len(alphabet) ** -float(k)
         for n in range(k, length):
             p *= case["transitions"]["".join(text[n - k : n])][alphabet.index(text[n])]
-        ids = (*vocabulary.encode("".join(text).encode()), vocabulary.end)
+        ids = (*vocabulary.encode("".join(text).encode()), vocabulary.ends[0])
         for n, t in enumerate(ids):
             table.setdefault(ids[:n], np.zeros(len(vocabulary.tokens)))[t] += p
     return {ids: row / row.sum() for ids, row in table.items()}
@@ -59,7 +59,7 @@ def test_transitions_are_given_back(cases, number, semantics):
     for n in range(k, 6):
         for text in itertools.product(alphabet, repeat=n):
             data = "".join(text).encode()
-            tree = Tree(grammar, semantics, vocabulary.start)
+            tree = Tree(grammar, semantics, [vocabulary.start])
             for byte in data:
                 tree.push(byte)
             with np.errstate(divide="ignore"):

