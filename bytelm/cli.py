@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 import bytelm
-from bytelm import cli_model, codec
+from bytelm import cli_model, cli_sample, codec
 from bytelm.config import Config, ConfigError
 
 EXIT_OK, EXIT_CHECK_FAILED, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75
@@ -194,7 +194,7 @@ def prepare(args: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": prepare,
-    "train": train, "eval": cli_model.evaluate, "sample": cli_model.sample, "chunks": cli_model.chunks,
+    "train": train, "eval": cli_model.evaluate, "sample": cli_sample.sample, "chunks": cli_model.chunks,
     "convert": cli_model.convert, "parity": cli_model.parity, "plan": plan,
 }  # fmt: skip
 

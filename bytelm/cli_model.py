@@ -1,9 +1,8 @@
-"""Commands about one model: sample, eval, chunks, convert, parity. Each returns an exit status."""
+"""Commands about one model: eval, chunks, convert, parity. Each returns an exit status."""
 
 import contextlib
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,79 +18,6 @@ EXIT_OK, EXIT_CHECK_FAILED = 0, 1
 COMPARE_LIMIT = 256 << 20  # bytes of training text that --compare is willing to compress
 
 PathArgument = tyro.conf.Positional[Path]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions:
-    """Lets a model write; the text streams as it is made."""
-
-    model: PathArgument  # run, checkpoint or weights directory
-    prompt: str = ""  # text to go on from; empty = the start of a document
-    prompt_file: Path | None = None  # read the prompt (any bytes) from this file instead
-    input: str | None = None  # what an encoder-decoder reads; the prompt is then the start of its target
-    beams: int = 1  # encoder-decoders: the best target by a search with so many beams, instead of a drawn one
-    max_bytes: int = 400  # length of the continuation
-    temperature: float = 0.8  # 0 = always the most probable byte
-    top_k: int = 0  # only the k most probable bytes; 0 = all
-    top_p: float = 0.95  # only the most probable bytes that together reach this probability
-    stop: tuple[str, ...] = ()  # end in front of any of these
-    seed: int = 0  # same seed, same text
-    count: int = 1  # how many continuations
-    reserved: Literal["error", "replace"] | None = None  # bytes the model keeps for itself; none: as it was trained
-    config: Path | None = None  # the reference's config JSON, for a bare file of weights
-    checkpoint: str = "latest"  # latest, best, or a step
-    semantics: Literal["masked", "canonical", "lastfree"] | None = None  # of a tokenized model's bytes; none: masked
-    explain: bool = False  # a tokenized model: what it says next, with the prompt's tokens fixed and by the byte view
-
-
-def sample(args: list[str]) -> int:
-    options = tyro.cli(SampleOptions, args=args, prog="bytelm sample")
-    prompt = (
-        options.prompt_file.read_bytes() if options.prompt_file else options.prompt.encode("utf-8", "surrogateescape")
-    )
-    lm = bytelm.load(options.model, checkpoint=options.checkpoint, reserved=options.reserved, config=options.config,
-                     semantics=options.semantics)  # fmt: skip
-    out = sys.stdout.buffer
-    source = None if options.input is None else options.input.encode("utf-8", "surrogateescape")
-    if options.explain:
-        return _explain(lm, prompt)
-    if options.beams != 1:
-        return _search(lm, options, source, prompt)
-    settings: dict[str, Any] = {name: getattr(options, name) for name in ("max_bytes", "temperature", "top_k", "top_p")}
-    settings["stop"] = tuple(stop.encode("utf-8", "surrogateescape") for stop in options.stop)
-    for i in range(options.count):
-        if options.count > 1:
-            out.write(f"--- {i + 1} ---\n".encode())
-        out.write(prompt[: complete_prefix(prompt)])
-        pending = prompt[complete_prefix(prompt) :]
-        for piece in lm.stream(prompt, input=source, seed=options.seed + i, **settings):
-            out.write(pending + piece)
-            pending = b""
-            out.flush()
-        out.write(pending + b"\n")
-        out.flush()
-    return EXIT_OK
-
-
-def _explain(lm: Any, prompt: bytes) -> int:
-    from bytelm.byteview.byte_view import TokenizedLM
-    from bytelm.byteview.explain import explain, table
-
-    if not isinstance(lm, TokenizedLM):
-        raise ConfigError("--explain: this model reads bytes, its prompt has no tokens to explain")
-    print(table(explain(lm, prompt)))
-    return EXIT_OK
-
-
-def _search(lm: Any, options: SampleOptions, source: bytes | None, prompt: bytes) -> int:
-    from bytelm.seq2seq_lm import Seq2SeqLM
-
-    if not isinstance(lm, Seq2SeqLM) or source is None or prompt or options.stop or options.count != 1:
-        raise ConfigError("--beams needs an encoder-decoder and its --input, and takes no --prompt, --stop or --count")
-    ((text, score),) = lm.beam_search([source], options.max_bytes, beams=options.beams)
-    sys.stdout.buffer.write(text + b"\n")
-    print(f"ln p / length = {score:.4f}", file=sys.stderr)
-    return EXIT_OK
 
 
 @dataclass(frozen=True, kw_only=True)

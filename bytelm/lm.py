@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from bytelm.boundaries import Boundaries, first_rows, text_boundaries
 from bytelm.byteview.byte_view import TokenizedLM
 from bytelm.byteview.token_model import TokenModel, token_structure
-from bytelm.byteview.tokenizer_files import read_vocabulary, token_ids
+from bytelm.byteview.tokenizer_files import read_chat_template, read_vocabulary, token_ids
 from bytelm.byteview.tokenizer_json import vocabulary_of
 from bytelm.checkpoint import (
     CheckpointError,
@@ -171,6 +172,8 @@ def load(
     wait: float = 0.0,
     deletion: str | None = None,
     semantics: str | None = None,
+    beam: int = 32,
+    long_text: str = "refuse",
 ) -> ByteLM:
     """Loads a model as a ByteLM: a run directory of `bytelm train`, one of its checkpoints, a weights directory of
     `bytelm convert`, a folder with an H-Net, ByT5 or MrT5 checkpoint and its config.json, a bare file of weights with
@@ -179,14 +182,14 @@ def load(
 
     `checkpoint` is latest, best, or a step; `dtype` overrides the compute type (float32, bfloat16); `reserved` (None:
     as the run was trained, else error) and `wait` as in `NetworkLM`; `deletion` as in `Seq2SeqLM`; `semantics` (None:
-    masked) as in `TokenizedLM`. Raises CheckpointError when nothing readable is there, ConfigError for what this
-    version cannot load.
+    masked), `beam` and `long_text` as in `TokenizedLM`. Raises CheckpointError when nothing readable is there,
+    ConfigError for what this version cannot load.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
     if path.suffix == ".gguf" or (path.is_dir() and token_lm.is_token_lm(read_record(path))):
-        return _tokenized(path, dtype, semantics)
+        return _tokenized(path, dtype, semantics=semantics or "masked", beam=beam, long_text=long_text)
     if semantics is not None:
         raise ConfigError(
             f"semantics={semantics!r}: {path} is no tokenized model, its byte probabilities mean one thing"
@@ -202,18 +205,18 @@ def load(
     return _as_lm(_with_dtype(run.model, dtype), params, run.data.seq_len, kept, wait, deletion)
 
 
-def _tokenized(path: Path, dtype: str | None, semantics: str | None) -> TokenizedLM:
+def _tokenized(path: Path, dtype: str | None, **options: Any) -> TokenizedLM:
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype {dtype!r}: choose float32 or bfloat16")
     if path.suffix == ".gguf":
         record, tensors, tokenizer = open_gguf(path)
-        vocabulary, file = vocabulary_of(tokenizer, **token_ids(record)), path
+        vocabulary, file, template = vocabulary_of(tokenizer, **token_ids(record)), path, record["chat_template"]
     else:
         record, file = read_record(path), weights_file(path)
-        vocabulary, tensors = read_vocabulary(path, record), open_tensors(file)
+        vocabulary, tensors, template = read_vocabulary(path, record), open_tensors(file), read_chat_template(path)
     config = token_lm.config_from(record, str(path), dtype or "float32")
     params = token_lm.params_from(tensors, config, token_structure(config)[1], str(file))
-    return TokenizedLM(TokenModel(config, params), vocabulary, semantics or "masked")
+    return TokenizedLM(TokenModel(config, params), vocabulary, chat_template=template, **options)
 
 
 def _as_lm(

@@ -268,9 +268,10 @@ class TokenizedLM(ByteLM):
         return super()._continue(prompts, inputs, max_bytes, sampling, seed, stop, block)
 
     def _by_tokens(self, prompts, max_bytes, sampling, seed, stop, block) -> Iterator[list[bytes]]:
-        follower = self.follow(prompts)
-        follower.logprobs()
-        return draw_tokens(follower.session, follower.trees, max_bytes, sampling, seed, stop, block)
+        covers = self.follow(prompts)
+        covers.logprobs()
+        trees = [tree for tree in covers.trees if tree is not None]
+        return draw_tokens(covers.session, trees, max_bytes, sampling, seed, stop, block)
 
     def generate_tokens(
         self,
@@ -319,10 +320,12 @@ class Covers(Follower):
         self._lm, self._skip = lm, skip
         self.session = lm.model.session()
         self._texts = list(prompts)
-        self.trees: list[Tree | None] = [self._begin(text) for text in prompts]
-        for tree, prompt in zip(self.trees, prompts):
-            if tree is not None and not tree.possible():
+        self.trees: list[Tree | None] = []  # None: the text has ended
+        for prompt in prompts:
+            tree = self._begin(prompt)
+            if not tree.possible():
                 raise ImpossibleText(lm.why(prompt))
+            self.trees.append(tree)
 
     def _begin(self, text: bytes) -> Tree:
         lm = self._lm

@@ -44,8 +44,8 @@ class _Row:
     def next(self, logits: NDArray[np.floating]) -> bytes | None:
         """Draws the token behind the last one: its bytes; None for the end of the text."""
         v = self.tree.grammar.vocabulary
-        mask = self.tree.mask(self.node) if self.tree.semantics == "masked" else v.spoken
-        logs = np.where(mask, np.asarray(logits, np.float64), -np.inf)
+        mask = self.tree.mask(self.node)
+        logs = np.where(v.spoken if mask is None else mask, np.asarray(logits, np.float64), -np.inf)
         return self._take(self.node, choose(logs, self.sampling, self.rng))
 
     def _take(self, node: Node, token: int) -> bytes | None:

@@ -39,15 +39,32 @@ def token_ids(record: dict[str, Any]) -> dict[str, Any]:
     return {"size": record.get("vocab_size", 0), "start": record.get("bos_token_id"), "ends": ends}
 
 
+def read_chat_template(folder: Path) -> str:
+    """The template by which a folder's model is asked in chats; empty where it has none. Raises ConfigError."""
+    alone = folder / "chat_template.jinja"
+    if alone.exists():
+        return alone.read_text(encoding="utf-8")
+    found = _tokenizer_config(folder).get("chat_template") or ""
+    if isinstance(found, list):  # several, by name
+        found = {one.get("name"): one.get("template", "") for one in found}.get("default", "")
+    return found
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path}: cannot be read as JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return found
+
+
 def _with_start(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
     """With the start symbol that tokenizer_config.json names; where it names none, the symbol between documents, which
     is the one that ends them."""
-    path, name = folder / "tokenizer_config.json", None
-    if path.exists():
-        try:
-            name = json.loads(path.read_text(encoding="utf-8")).get("bos_token")
-        except (OSError, ValueError, AttributeError) as e:
-            raise ConfigError(f"{path}: cannot be read as JSON ({e})") from None
+    name = _tokenizer_config(folder).get("bos_token")
     name = name.get("content") if isinstance(name, dict) else name
     start = vocabulary.control(name) if name else vocabulary.ends[0]
     return dataclasses.replace(vocabulary, start=start)

@@ -122,6 +122,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], GGUFTensors, dict[str, Any]]:
         "rope_theta": get("rope.freq_base", 1e4), "tie_word_embeddings": "output.weight" not in
         {t.name for t in reader.tensors}, "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
     }  # fmt: skip
+    record["chat_template"] = fields.get("tokenizer.chat_template", "")
     if fields.get("tokenizer.ggml.add_bos_token", True):
         record["bos_token_id"] = fields.get("tokenizer.ggml.bos_token_id")
     else:  # texts follow one another, with a symbol between them
