@@ -11,11 +11,12 @@ ANY = {
     "codec",
     "vocab",
     "windows",
+    "patterns",
     "data.functional",
 }  # pure and small: anyone may use them
 ARROWS = {
     "config": set(), "model_config": set(), "boundaries": set(), "vocab": set(), "metrics": set(), "devices": set(),
-    "codec": set(), "windows": set(),
+    "codec": set(), "windows": set(), "patterns": set(),
     "parallel": set(),
     "nn": {"parallel"},  # only shard()
     "models": {"nn", "parallel"},

@@ -18,7 +18,7 @@ class Ensemble(ByteLM):
     """`mixture`: the weighted mean of the members' probabilities; `bayes`: the same, with weights that follow how well
     each member has predicted the text so far (the probability of a whole text is then the weighted mean of theirs);
     `product`: the product of powers of them, renormalised (a member that is sure of a byte's absence forbids it, unless
-    `floor` > 0 mixes so much of the uniform distribution into each).
+    `floor` > 0 mixes so much of the uniform distribution into each; one with a negative weight needs it).
     """
 
     def __init__(
@@ -37,6 +37,10 @@ class Ensemble(ByteLM):
             raise ConfigError(f"{len(members)} members but {len(weights)} weights")
         if kind != "product" and (min(weights) < 0 or sum(weights) <= 0):
             raise ConfigError(f"weights={weights}: a mixture's must not be negative, nor all 0")
+        if kind == "product" and min(weights) < 0 and not floor:
+            raise ConfigError(
+                "a product with a negative weight needs a floor: it divides by that member's probabilities"
+            )
         if not 0 <= floor < 1:
             raise ConfigError(f"floor={floor}: must be in [0, 1)")
         self.members, self.kind, self.floor = tuple(members), kind, floor
@@ -60,6 +64,14 @@ class Ensemble(ByteLM):
                 raise ConfigError("the members leave no symbol possible (one gives probability 0 to what another "
                                   "needs): set floor, or mix")  # fmt: skip
             return out - top - np.log(np.exp(out - top).sum(axis=-1, keepdims=True))
+
+    @classmethod
+    def proxy_tuned(
+        cls, base: ByteLM, expert: ByteLM, anti: ByteLM, alpha: float = 1.0, floor: float = 1e-9
+    ) -> "Ensemble":
+        """`base` moved by what a small model's training changed: base * (expert / anti) ^ alpha, where `expert` is the
+        small model after it and `anti` before it (Liu et al. 2024, of bytes here, so that vocabularies may differ)."""
+        return cls([base, expert, anti], [1.0, alpha, -alpha], "product", floor)
 
     def logprobs_batch(self, prefixes: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> NDArray[np.float64]:
         rows = np.stack([member.logprobs_batch(prefixes, inputs=inputs) for member in self.members])

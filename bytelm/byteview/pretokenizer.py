@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 
 from bytelm.config import ConfigError
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
 # How the usual patterns spell English contractions. Their letters are told apart behind an apostrophe only.
 _CONTRACTIONS = regex.compile(
     r"""'s\|'t\|'re\|'ve\|'m\|'ll\|'d

@@ -1,35 +1,56 @@
-"""The tokenizer in a model's folder: tokenizer.json or tokenizer.model, and which tokens start and end a text."""
+"""The tokenizer in a model's folder, whatever file it is in, and which tokens start and end a text."""
 
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from bytelm.byteview.rank_files import is_ranks, read_tekken, read_tiktoken
 from bytelm.byteview.sentencepiece_file import read_sentencepiece
-from bytelm.byteview.tokenizer_json import read_tokenizer_json, vocabulary_of
+from bytelm.byteview.tokenizer_json import read_tokenizer_json, read_vocab_and_merges, vocabulary_of
 from bytelm.byteview.vocabulary import Vocabulary
 from bytelm.config import ConfigError
+from bytelm.patterns import GPT2, QWEN2
 
-FILES = ("tokenizer.json", "tokenizer.model")
+# Files that hold a tokenizer, the one that says most first; the last two are halves of one.
+FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "*.tiktoken", "vocab.json", "encoder.json")
+_MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
+_WORDS = {"gpt2": (GPT2, ""), "qwen2": (QWEN2, "NFC"), "qwen3": (QWEN2, "NFC")}  # by model_type
 
 
 def read_vocabulary(folder: Path, record: dict[str, Any]) -> Vocabulary:
     """The vocabulary of a folder whose config.json is `record`. Raises ConfigError for what is missing, cannot be read,
     or has no byte view."""
-    files = [folder / name for name in FILES if (folder / name).exists()]
+    files = [path for name in FILES for path in sorted(folder.glob(name))]
     if not files:
         raise ConfigError(f"{folder}: no tokenizer beside the weights (looked for {', '.join(FILES)})")
     options = token_ids(record)
     size = options["size"]
-    if files[0].name == "tokenizer.json":
-        found = vocabulary_of(read_tokenizer_json(files[0]), **options)
-    else:
-        found = read_sentencepiece(files[0], **options)
+    found = _read(files[0], record, options)
     if len(found.tokens) > size:
         raise ConfigError(f"{files[0]}: {len(found.tokens)} tokens, but the model has {size} (config.json, vocab_size)")
     if found.start is None:
         found = _with_start(found, folder)
     return found
+
+
+def _read(path: Path, record: dict[str, Any], options: dict[str, Any]) -> Vocabulary:
+    if path.name == "tokenizer.json":
+        return vocabulary_of(read_tokenizer_json(path), **options)
+    if path.name == "tekken.json":
+        return read_tekken(path, **options)
+    if path.suffix == ".tiktoken" or is_ranks(path):
+        return read_tiktoken(path, **options)
+    if path.name == "tokenizer.model":
+        return read_sentencepiece(path, **options)
+    kind = record.get("model_type")
+    if kind not in _WORDS:
+        raise ConfigError(f"{path}: does not say how text is cut into words, which is known for {', '.join(_WORDS)} "
+                          "only: a tokenizer.json says it")  # fmt: skip
+    data = read_vocab_and_merges(path, path.parent / _MERGES[path.name], *_WORDS[kind])
+    more = _tokenizer_config(path.parent).get("added_tokens_decoder") or {}
+    data["added_tokens"] += [{"id": int(i), **token} for i, token in more.items()]
+    return vocabulary_of(data, **options)
 
 
 def token_ids(record: dict[str, Any]) -> dict[str, Any]:

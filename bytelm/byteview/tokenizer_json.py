@@ -7,10 +7,11 @@ from typing import Any
 
 import regex
 
-from bytelm.byteview.pretokenizer import GPT2, Pretokenizer, Split
+from bytelm.byteview.pretokenizer import Pretokenizer, Split
 from bytelm.byteview.segmenter import BytePairs, CharacterPairs
-from bytelm.byteview.vocabulary import Vocabulary, check_added, single_bytes, usual_end
+from bytelm.byteview.vocabulary import Vocabulary, byte_units, check_added, usual_end
 from bytelm.config import ConfigError
+from bytelm.patterns import GPT2
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
 
@@ -31,6 +32,34 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict) or "vocab" not in data["model"]:
         raise ConfigError(f"{path}: is no tokenizer.json (it has no model with a vocabulary)")
     return data
+
+
+def read_vocab_and_merges(vocab: Path, merges: Path, pattern: str, normal: str = "") -> dict[str, Any]:
+    """vocab.json and merges.txt (GPT-2's encoder.json and vocab.bpe) in the form of a tokenizer.json. The files do not
+    say how text is cut into words. Raises ConfigError."""
+    try:
+        ids = json.loads(vocab.read_text(encoding="utf-8"))
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ConfigError(f"{vocab.parent}: {vocab.name} and {merges.name} cannot be read ({e})") from None
+    if not isinstance(ids, dict) or not all(isinstance(i, int) for i in ids.values()):
+        raise ConfigError(f"{vocab}: is no vocabulary (tokens and their ids)")
+    lines = [line for line in lines[lines[0].startswith("#version") :] if line.strip()]
+    if not all(line.count(" ") == 1 for line in lines):
+        raise ConfigError(f"{merges}: is no list of merges (two tokens in every line)")
+    if any(line.endswith("</w>") for line in lines):
+        raise ConfigError(f"{merges}: the tokenizer marks the ends of words (</w>): its tokens' bytes do not join to "
+                          "the text, so there is no byte view of it")  # fmt: skip
+    table = byte_characters()
+    added = [{"id": i, "content": text, "special": True} for text, i in ids.items()
+             if (text.startswith("<|") and text.endswith("|>")) or not all(c in table for c in text)]  # fmt: skip
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    steps = [split, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]
+    return {
+        "model": {"type": "BPE", "vocab": ids, "merges": lines}, "added_tokens": added,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "normalizer": {"type": normal} if normal else None,
+    }  # fmt: skip
 
 
 def vocabulary_of(
@@ -93,13 +122,7 @@ def vocabulary_of(
         if left in vocab and right in vocab and left + right in vocab:
             merges.append((vocab[left], vocab[right], vocab[left + right]))
     if byte_level:
-        single = single_bytes(tokens)
-
-        def units(piece: bytes) -> list[int] | None:
-            ids = [single[b] for b in piece]
-            return None if None in ids else ids  # type: ignore[return-value]
-
-        segmenter = BytePairs(tokens, merges, units=units)
+        segmenter = BytePairs(tokens, merges, units=byte_units(tokens))
     else:
         segmenter = CharacterPairs(tokens, merges, fallback=fallback)
     return Vocabulary(

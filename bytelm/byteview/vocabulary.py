@@ -2,7 +2,7 @@
 
 import bisect
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Literal
 
@@ -137,10 +137,15 @@ def usual_end(controls: dict[str, int], where: str) -> list[int]:
     return found[:1]
 
 
-def single_bytes(tokens: Tokens) -> "Sequence[int | None]":
-    """Id of the token of each single byte."""
-    out: list[int | None] = [None] * 256
+def byte_units(tokens: Tokens) -> Callable[[bytes], list[int] | None]:
+    """What cuts a piece into the tokens of its single bytes; None where one has no token."""
+    single: list[int | None] = [None] * 256
     for i, text in enumerate(tokens):
-        if text is not None and len(text) == 1 and out[text[0]] is None:
-            out[text[0]] = i
-    return out
+        if text is not None and len(text) == 1 and single[text[0]] is None:
+            single[text[0]] = i
+
+    def units(piece: bytes) -> list[int] | None:
+        ids = [single[b] for b in piece]
+        return None if None in ids else ids  # type: ignore[return-value]
+
+    return units

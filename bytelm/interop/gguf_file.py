@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from bytelm.checkpoint import CheckpointError
 from bytelm.config import ConfigError
+from bytelm.patterns import CL100K, QWEN2
 
 _NAMES = {
     "attn_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "post_attention_layernorm.weight",
@@ -32,13 +33,11 @@ def _split(pattern: str) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": parts}
 
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PRETOKENIZERS: dict[str, dict[str, Any]] = {
     "gpt-2": _GPT2,
     "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2]},
-    "llama-bpe": _split(rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_SPACES}"),
-    "qwen2": _split(rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_SPACES}"),
+    "llama-bpe": _split(CL100K),
+    "qwen2": _split(QWEN2),
 }  # by tokenizer.ggml.pre
 
 

@@ -66,12 +66,25 @@ def test_a_floor_lets_a_product_live(members):
     assert np.isneginf(plain).any() and np.isfinite(floored).all() and floored[END] < -5
 
 
+def test_proxy_tuning(members):
+    base, other = members
+    rows = [m.logprobs(TEXT) for m in (base, other)]
+    moved = Ensemble.proxy_tuned(base, other, base, alpha=0.5).logprobs(TEXT)
+    expected = np.exp(0.5 * rows[0] + 0.5 * rows[1])  # base * (other / base) ^ 0.5
+    likely = expected > 1e-3
+    np.testing.assert_allclose(np.exp(moved)[likely], (expected / expected.sum())[likely], rtol=1e-3)
+    same = Ensemble.proxy_tuned(base, other, other).logprobs(TEXT)
+    np.testing.assert_allclose(np.exp(same), np.exp(rows[0]), atol=1e-6)
+    assert np.isfinite(Ensemble.proxy_tuned(base, other, base).score(b"caf\xc3\xa9").total)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         (dict(kind="sum"), "choose mixture, bayes, product"),
         (dict(weights=[1.0]), "2 members but 1 weights"),
         (dict(weights=[1.0, -1.0]), "must not be negative"),
+        (dict(weights=[1.0, -1.0], kind="product"), "needs a floor"),
         (dict(floor=1.0), r"must be in \[0, 1\)"),
     ],
 )

@@ -6,16 +6,13 @@ import numpy as np
 import pytest
 
 from bytelm.byteview.cover import Grammar
-from bytelm.byteview.pretokenizer import GPT2, Pretokenizer, Split
+from bytelm.byteview.pretokenizer import Pretokenizer, Split
 from bytelm.byteview.segmenter import NEVER, BytePairs
 from bytelm.byteview.vocabulary import Vocabulary
+from bytelm.patterns import CL100K, GPT2
 
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 RIGHT_DIGITS = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))| ?\p{L}+|\s+(?!\S)|\s+|."
-ALPHABETS = {"gpt2": (GPT2, "as' \n"), "llama3": (LLAMA3, "ab1 \n"), "contractions": (LLAMA3, "aS' e"),
+ALPHABETS = {"gpt2": (GPT2, "as' \n"), "llama3": (CL100K, "ab1 \n"), "contractions": (CL100K, "aS' e"),
              "digits": (RIGHT_DIGITS, "12ab ")}  # fmt: skip
 LENGTH = {"gpt2": 5, "llama3": 5, "contractions": 5, "digits": 6}
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from texts import SENTENCES
 
-from bytelm.byteview.pretokenizer import GPT2, Pretokenizer, Split
+from bytelm.byteview.pretokenizer import Pretokenizer, Split
 from bytelm.byteview.vocabulary import check_added
 from bytelm.config import ConfigError
+from bytelm.patterns import GPT2
 
 
 @pytest.fixture(scope="module")
