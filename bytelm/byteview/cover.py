@@ -83,7 +83,7 @@ class Grammar:
             return None
         state, kept = found
         places = (*node.marks, node.end, end)
-        tail = (*node.tail, token)[-v.segmenter.reach :]
+        tail = v.segmenter.tail((*node.tail, token))
         marks = tuple(places[i] for i in kept)
         return Node(token, node, end, node.depth + 1, state, marks, tail, [(0, len(v.order))])
 

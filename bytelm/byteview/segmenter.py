@@ -40,6 +40,10 @@ class Segmenter(ABC):
         """How many tokens back `following` looks."""
         return 1
 
+    def tail(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """The last tokens, as many as `following` looks at."""
+        return tokens[-self.reach :]
+
 
 class BytePairs(Segmenter):
     """Byte pair encoding: of all neighbours that may be merged, those of the lowest rank first, from the left.
@@ -196,40 +200,24 @@ class BytePairs(Segmenter):
         return valid
 
 
-class CharacterPairs(BytePairs):
-    """Byte pair encoding over characters, with tokens of single bytes for the characters that have no token."""
+class Fallback(Segmenter):
+    """Characters without a token are written as tokens of their bytes."""
 
-    def __init__(
-        self,
-        tokens: Tokens,
-        merges: Sequence[tuple[int, int, int]] | None,
-        rank: Sequence[int] | None = None,
-        *,
-        fallback: Sequence[bool],
-    ):
-        """`fallback[id]`: whether it is a byte of a character that has no token."""
+    def set_fallback(self, fallback: Sequence[bool]) -> None:
+        """`fallback[id]`: whether it is a byte of a character that has no token. `tokens` must be set."""
         self._bytes = np.array(fallback, bool)
         self._characters: dict[bytes, int] = {}
-        for i, text in enumerate(tokens):
-            if text and not fallback[i] and _is_character(text):
+        for i, text in enumerate(self.tokens):
+            if text and not fallback[i] and is_character(text):
                 self._characters.setdefault(text, i)
         self._byte: list[int | None] = [None] * 256
         for i in np.flatnonzero(self._bytes):
-            self._byte[(tokens[int(i)] or b"\0")[0]] = int(i)
-        super().__init__(tokens, merges, rank, units=self._units)
+            self._byte[(self.tokens[int(i)] or b"\0")[0]] = int(i)
 
-    def _units(self, piece: bytes) -> list[int] | None:
-        out: list[int] = []
-        for char in piece.decode():
-            data = char.encode()
-            if data in self._characters:
-                out.append(self._characters[data])
-                continue
-            ids = [self._byte[b] for b in data]
-            if None in ids:
-                return None
-            out += [i for i in ids if i is not None]
-        return out
+    def spell(self, character: bytes) -> list[int] | None:
+        """The tokens of the bytes of a character; None where one is missing."""
+        ids = [self._byte[b] for b in character]
+        return None if None in ids else ids  # type: ignore[return-value]
 
     @cached_property
     def beginning(self) -> NDArray[np.bool_]:
@@ -241,7 +229,7 @@ class CharacterPairs(BytePairs):
 
     def _open(self, partial: bytes) -> bool:
         """Whether some character without a token starts with these bytes."""
-        if _is_character(partial):
+        if is_character(partial):
             return partial not in self._characters
         known = self._openings.get(partial)
         return known is not None and known > 0
@@ -259,6 +247,51 @@ class CharacterPairs(BytePairs):
                 out[data[:n]] -= 1
         return out
 
+    def unfinished(self, tokens: tuple[int, ...]) -> bytes:
+        """The bytes of a character that some tokens of bytes end in the midst of."""
+        partial = b""
+        for i in reversed(tokens):
+            if not self._bytes[i]:
+                break
+            partial = (self.tokens[i] or b"") + partial
+            if partial[0] & 0xC0 != 0x80:
+                break
+        return b"" if is_character(partial) else partial
+
+    def finishing(self, partial: bytes) -> NDArray[np.bool_]:
+        """The tokens of bytes that may stand behind those of an unfinished character, [v]."""
+        out = np.zeros(len(self.tokens), bool)
+        for i in np.flatnonzero(self._bytes):
+            out[i] = self._open(partial + (self.tokens[int(i)] or b""))
+        return out
+
+
+class CharacterPairs(Fallback, BytePairs):
+    """Byte pair encoding over characters, with tokens of single bytes for the characters that have no token."""
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        merges: Sequence[tuple[int, int, int]] | None,
+        rank: Sequence[int] | None = None,
+        *,
+        fallback: Sequence[bool],
+    ):
+        """`fallback[id]`: whether it is a byte of a character that has no token."""
+        self.tokens = tokens
+        self.set_fallback(fallback)
+        super().__init__(tokens, merges, rank, units=self._units)
+
+    def _units(self, piece: bytes) -> list[int] | None:
+        out: list[int] = []
+        for char in piece.decode():
+            data = char.encode()
+            ids = [self._characters[data]] if data in self._characters else self.spell(data)
+            if ids is None:
+                return None
+            out += ids
+        return out
+
     @cached_property
     def _merging(self) -> NDArray[np.bool_]:
         return self.beginning & ~self._bytes
@@ -268,25 +301,15 @@ class CharacterPairs(BytePairs):
         return 4  # bytes of a character
 
     def following(self, tokens: tuple[int, ...]) -> NDArray[np.bool_]:
-        partial = b""
-        for i in reversed(tokens):
-            if not self._bytes[i]:
-                break
-            partial = (self.tokens[i] or b"") + partial
-            if partial[0] & 0xC0 != 0x80:
-                break
-        last = tokens[-1]
-        if not partial or _is_character(partial):
-            if self._bytes[last]:
-                return self.beginning
-            return super().following(tokens) | (self.beginning & self._bytes)
-        out = np.zeros(len(self.tokens), bool)
-        for i in np.flatnonzero(self._bytes):
-            out[i] = self._open(partial + (self.tokens[int(i)] or b""))
-        return out
+        partial = self.unfinished(tokens)
+        if partial:
+            return self.finishing(partial)
+        if self._bytes[tokens[-1]]:
+            return self.beginning
+        return super().following(tokens) | (self.beginning & self._bytes)
 
 
-def _is_character(data: bytes) -> bool:
+def is_character(data: bytes) -> bool:
     try:
         return len(data.decode()) == 1
     except UnicodeDecodeError:

