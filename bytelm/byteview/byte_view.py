@@ -95,9 +95,9 @@ class TokenizedLM(ByteLM):
 
     def fixed(self, trunk: list[int], opening: bytes) -> "TokenizedLM":
         """This model behind tokens that are taken as they are, whatever the tokenizer would make of them with what
-        follows; the last token of a cover is not tested then (semantics lastfree)."""
+        follows; every way to go on counts then (semantics all)."""
         out = copy.copy(self)
-        out.semantics = "lastfree"
+        out.semantics = "all"
         out._stand_behind(trunk, opening, Grammar(self.vocabulary))
         return out
 

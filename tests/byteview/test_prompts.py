@@ -139,14 +139,14 @@ def test_fill_in(lm):
 
 def test_healing_is_right_where_it_goes_back_far_enough(lm, sp):
     for model, prompt in itertools.product((lm, sp), (b"The license of the sof", b"It is a li")):
-        view = TokenizedLM(model.model, model.vocabulary, "lastfree").logprobs(prompt)
+        view = TokenizedLM(model.model, model.vocabulary, "all").logprobs(prompt)
         ids = model.vocabulary.encode(prompt)
         plain = uncorrected(model, prompt)
         assert plain.trunk == [model.vocabulary.start, *ids]
         np.testing.assert_allclose(np.exp(plain.logprobs()), row_behind(model, plain.trunk), atol=1e-6)
         distance = [0.5 * np.abs(np.exp(healed(model, prompt, back).logprobs()) - np.exp(view)).sum()
                     for back in (0, 3, len(ids))]  # fmt: skip
-        assert distance[0] > 0.1 > distance[1] and distance[2] < 1e-6
+        assert distance[0] > 0.1 > distance[1] and distance[2] < 1e-4
     with pytest.raises(ImpossibleText):
         uncorrected(lm, b"caf\xc3")
     with pytest.raises(ConfigError, match="back=-1"):
