@@ -24,12 +24,14 @@ from bytelm.checkpoint import (
     restore_params,
     stored_config,
 )
-from bytelm.config import Config, ConfigError, ModelConfig, T5Config
+from bytelm.config import Config, ConfigError, MeshConfig, ModelConfig, T5Config
 from bytelm.generate import bucket, generate_bytes, pad_rows, visible_inputs
 from bytelm.interop import token_lm
 from bytelm.interop.gguf_file import open_gguf
 from bytelm.interop.published import NO_MODEL, is_model, open_model, open_tensors, read_record, weights_file
 from bytelm.models.build import Params, byte_ids, structure
+from bytelm.parallel.mesh import make_mesh
+from bytelm.parallel.rules import TOKEN_RULES, state_shardings
 from bytelm.protocol import ByteLM, Score, Text, in_context, log_softmax, no_inputs
 from bytelm.seq2seq_lm import Seq2SeqLM
 from bytelm.vocab import REPLACEMENT, encode
@@ -174,6 +176,7 @@ def load(
     semantics: str | None = None,
     beam: int = 64,
     long_text: str = "refuse",
+    mesh: MeshConfig | None = None,
 ) -> ByteLM:
     """Loads a model as a ByteLM: a run directory of `bytelm train`, one of its checkpoints, a weights directory of
     `bytelm convert`, a folder with an H-Net, ByT5 or MrT5 checkpoint and its config.json, a bare file of weights with
@@ -182,14 +185,16 @@ def load(
 
     `checkpoint` is latest, best, or a step; `dtype` overrides the compute type (float32, bfloat16); `reserved` (None:
     as the run was trained, else error) and `wait` as in `NetworkLM`; `deletion` as in `Seq2SeqLM`; `semantics` (None:
-    masked), `beam` and `long_text` as in `TokenizedLM`. Raises CheckpointError when nothing readable is there,
-    ConfigError for what this version cannot load.
+    masked), `beam` and `long_text` as in `TokenizedLM`, whose weights are laid over the devices by
+    `mesh`. Raises CheckpointError when nothing readable is there, ConfigError for what this version cannot load.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
     if path.suffix == ".gguf" or (path.is_dir() and token_lm.is_token_lm(read_record(path))):
-        return _tokenized(path, dtype, semantics=semantics or "masked", beam=beam, long_text=long_text)
+        return _tokenized(path, dtype, mesh, semantics=semantics or "masked", beam=beam, long_text=long_text)
+    if mesh is not None:
+        raise ConfigError(f"mesh: {path} is no tokenized model; only those are laid over several devices to be asked")
     if semantics is not None:
         raise ConfigError(
             f"semantics={semantics!r}: {path} is no tokenized model, its byte probabilities mean one thing"
@@ -205,7 +210,7 @@ def load(
     return _as_lm(_with_dtype(run.model, dtype), params, run.data.seq_len, kept, wait, deletion)
 
 
-def _tokenized(path: Path, dtype: str | None, **options: Any) -> TokenizedLM:
+def _tokenized(path: Path, dtype: str | None, mesh: MeshConfig | None, **options: Any) -> TokenizedLM:
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype {dtype!r}: choose float32 or bfloat16")
     if path.suffix == ".gguf":
@@ -215,8 +220,11 @@ def _tokenized(path: Path, dtype: str | None, **options: Any) -> TokenizedLM:
         record, file = read_record(path), weights_file(path)
         vocabulary, tensors, template = read_vocabulary(path, record), open_tensors(file), read_chat_template(path)
     config = token_lm.config_from(record, str(path), dtype or "float32")
-    params = token_lm.params_from(tensors, config, token_structure(config)[1], str(file))
-    return TokenizedLM(TokenModel(config, params), vocabulary, chat_template=template, **options)
+    abstract = token_structure(config)[1]
+    devices = None if mesh is None else make_mesh(mesh)
+    shardings = None if devices is None else state_shardings(devices, abstract, TOKEN_RULES)
+    params = token_lm.params_from(tensors, config, abstract, str(file), shardings)
+    return TokenizedLM(TokenModel(config, params, devices), vocabulary, chat_template=template, **options)
 
 
 def _as_lm(

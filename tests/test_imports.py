@@ -27,7 +27,7 @@ ARROWS = {
     "evals": {"lm", "data", "generate", "metrics"},
     "generate": {"models"},
     "protocol": {"generate", "following"},
-    "lm": {"models", "byteview", "interop", "generate", "checkpoint", "protocol", "seq2seq_lm"},
+    "lm": {"models", "byteview", "interop", "generate", "checkpoint", "protocol", "seq2seq_lm", "parallel"},
     "seq2seq_lm": {"models", "generate", "protocol", "beams"}, "beams": set(),
     "topology": set(), "plan_compile": {"topology", "parallel", "train"},
     "communication": {"parallel", "train.step", "models.flops", "data.seq2seq"},

@@ -1,7 +1,9 @@
 """A token decoder that is asked about nodes of trees: it keeps what it has read in slots of one cache."""
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +30,16 @@ def token_structure(config: TokenLMConfig) -> tuple[nnx.GraphDef, Params]:
 
 
 class TokenModel:
-    """Runs a decoder over nodes."""
+    """Runs a decoder over nodes; over the devices of `mesh`, if the parameters lie there."""
 
-    def __init__(self, config: TokenLMConfig, params: Params):
-        self.config, self.params = config, params
+    def __init__(self, config: TokenLMConfig, params: Params, mesh: jax.sharding.Mesh | None = None):
+        self.config, self.params, self.mesh = config, params, mesh
         self.graph, _ = token_structure(config)
+
+    def extend(self, *arguments: Any) -> Any:
+        """`TokenLM.extend`, compiled."""
+        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+            return _extend(self.graph, self.params, *arguments)
 
     def session(self, slots: int = 256) -> "Session":
         """An empty cache."""
@@ -84,9 +91,7 @@ class Session:
         seen = np.pad(self.ancestors[slots[: len(nodes)]], ((0, pad), (0, 0)))
         ids = np.array([node.token for node in nodes] + [0] * pad, np.int32)
         positions = np.array([node.depth for node in nodes] + [0] * pad, np.int32)
-        logits, self.cache = _extend(
-            self.model.graph, self.model.params, ids, positions, slots, seen, self.places.copy(), self.cache
-        )
+        logits, self.cache = self.model.extend(ids, positions, slots, seen, self.places.copy(), self.cache)
         self.tokens_read += len(nodes)
         return np.asarray(logits)[: len(nodes)]
 

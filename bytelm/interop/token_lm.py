@@ -165,9 +165,11 @@ _GPT2_TOP = {
 }  # fmt: skip
 
 
-def params_from(tensors: Mapping[str, NDArray], config: TokenLMConfig, expected: Params, where: str) -> Params:
-    """Parameters in the structure of `expected` out of published tensors, in the config's type. Raises CheckpointError
-    for what is missing, misshapen or left over."""
+def params_from(
+    tensors: Mapping[str, NDArray], config: TokenLMConfig, expected: Params, where: str, shardings: Any = None
+) -> Params:
+    """Parameters in the structure of `expected` out of published tensors, in the config's type, each put where
+    `shardings` says as soon as it is read. Raises CheckpointError for what is missing, misshapen or left over."""
     gpt2 = not config.rope_theta
     top, block = (_GPT2_TOP, _GPT2) if gpt2 else (_LLAMA_TOP, _LLAMA)
     prefix = "transformer." if gpt2 and any(name.startswith("transformer.") for name in tensors) else ""
@@ -180,7 +182,7 @@ def params_from(tensors: Mapping[str, NDArray], config: TokenLMConfig, expected:
         used.add(name)
         return np.asarray(tensors[name])
 
-    def read(path: tuple, shape: jax.ShapeDtypeStruct) -> Any:
+    def read(path: tuple, shape: jax.ShapeDtypeStruct, sharding: Any = None) -> Any:
         name = "/".join(str(key.key) for key in path)
         if name.startswith("blocks/"):
             there, turn = block[name.removeprefix("blocks/")]
@@ -191,9 +193,11 @@ def params_from(tensors: Mapping[str, NDArray], config: TokenLMConfig, expected:
             value = turn(take(full), config)
         if value.shape != shape.shape:
             raise CheckpointError(f"{where}: {name} has shape {value.shape}, the config says {shape.shape}")
-        return jnp.asarray(value, jnp.float32 if value.ndim < 2 else config.dtype)
+        kind = jnp.float32 if value.ndim < 2 else config.dtype
+        return jnp.asarray(value, kind) if sharding is None else jax.device_put(value.astype(kind), sharding)
 
-    params = jax.tree.map_with_path(read, expected)
+    more = () if shardings is None else (shardings,)
+    params = jax.tree.map_with_path(read, expected, *more)
     rest = [n for n in tensors if n not in used and not n.endswith((".attn.bias", ".attn.masked_bias", "inv_freq"))]
     rest = [n for n in rest if not (n == "lm_head.weight" and config.tie_embeddings)]
     if rest:

@@ -126,7 +126,7 @@ class TokenBlock(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if angle is not None:
             q, k = turn(q, angle), turn(k, angle)
-        return shard(q, "batch", None, "heads", None), shard(k, "batch", None, "kv_heads", None), v
+        return shard(q, None, None, "heads", None), shard(k, None, None, "kv_heads", None), v
 
     def feed_forward(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         activation = _ACTIVATIONS[self.config.activation]

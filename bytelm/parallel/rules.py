@@ -55,6 +55,24 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+# Of tokenized decoders, whose blocks are stacked [layers, ...].
+TOKEN_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(embed|positions)/table", (None, "embed")),
+    (r"head/kernel", ("embed", None)),
+    (r"norm/(scale|bias)", (None,)),
+    (r"blocks/(attention|mlp|q|k)_norm/(scale|bias)", ("layers", None)),
+    (r"blocks/q/kernel", ("layers", "embed", "heads", None)),
+    (r"blocks/[kv]/kernel", ("layers", "embed", "kv_heads", None)),
+    (r"blocks/q/bias", ("layers", "heads", None)),
+    (r"blocks/[kv]/bias", ("layers", "kv_heads", None)),
+    (r"blocks/out/kernel", ("layers", "heads", None, "embed")),
+    (r"blocks/(out|down)/bias", ("layers", None)),
+    (r"blocks/(gate|up)/kernel", ("layers", "embed", "mlp")),
+    (r"blocks/(gate|up)/bias", ("layers", "mlp")),
+    (r"blocks/down/kernel", ("layers", "mlp", "embed")),
+)
+
+
 def path_string(path: tuple) -> str:
     """A pytree path as `stack/run0/attention/q/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

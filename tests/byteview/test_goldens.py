@@ -12,7 +12,7 @@ import bytelm
 from bytelm.byteview.byte_view import ImpossibleText, TokenizedLM
 from bytelm.byteview.cover import log_sum
 from bytelm.byteview.explain import explain, table
-from bytelm.config import ConfigError
+from bytelm.config import ConfigError, MeshConfig
 
 MODELS = ("tiny_lm", "tiny_sp")
 PROBABLE = 1e-8
@@ -163,3 +163,18 @@ def test_wrong_arguments(golden, loaded):
         bytelm.load(golden / "model_tiny_lm", semantics="each")
     with pytest.raises(ConfigError, match="reads no input"):
         loaded["tiny_lm"].logprobs(b"a", input=b"b")
+
+
+@pytest.mark.parametrize(
+    "name, mesh", [("tiny_lm", dict(data=1, tensor=4, fsdp=2)), ("tiny_sp", dict(tensor=2, fsdp=4))]
+)
+def test_over_several_devices(golden, loaded, name, mesh):
+    """The same answers, with the weights split over eight devices."""
+    split = bytelm.load(golden / f"model_{name}", mesh=MeshConfig(**mesh))
+    kernel = split.model.params["blocks"]["up"]["kernel"]
+    assert len(kernel.sharding.device_set) == 8 and kernel.addressable_shards[0].data.size * 8 == kernel.size
+    for prompt in (b"The licen", "caf\u00e9 is".encode()):
+        np.testing.assert_allclose(np.exp(split.logprobs(prompt)), np.exp(loaded[name].logprobs(prompt)), atol=1e-5)
+    assert split.generate(b"The licen", 8, temperature=0) == loaded[name].generate(b"The licen", 8, temperature=0)
+    with pytest.raises(ConfigError, match="does not divide"):
+        bytelm.load(golden / f"model_{name}", mesh=MeshConfig(tensor=8))
