@@ -20,9 +20,17 @@ class LazyTree(Tree):
     the model can see all at once."""
 
     def __init__(
-        self, grammar: Grammar, semantics: Semantics, trunk: Sequence[int], skip: float, beam: int, eager: bool
+        self,
+        grammar: Grammar,
+        semantics: Semantics,
+        trunk: Sequence[int],
+        lane: int = 0,
+        *,
+        skip: float,
+        beam: int,
+        eager: bool,
     ):
-        super().__init__(grammar, semantics, trunk)
+        super().__init__(grammar, semantics, trunk, lane)
         self.skip, self.beam, self.eager = skip, beam, eager
         self.waiting: list[Node] = []  # unread; their parents are read
         self.lost = -np.inf  # ln of the mass taken away

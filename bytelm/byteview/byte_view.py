@@ -65,10 +65,10 @@ class TokenizedLM(ByteLM):
 
     def _stand_behind(self, trunk: list[int], opening: bytes, grammar: Grammar) -> None:
         self.trunk, self.opening, self.grammar = trunk, opening, grammar
-        self._before = grammar.lead + opening  # bytes in front of every text
-        room = self.model.config.context - len(trunk) - len(self._before)
+        self.before = grammar.lead + opening  # bytes in front of every text
+        room = self.model.config.context - len(trunk) - len(self.before)
         if room < 1:
-            raise ConfigError(f"{len(trunk)} tokens and {len(self._before)} bytes stand before every text, the model "
+            raise ConfigError(f"{len(trunk)} tokens and {len(self.before)} bytes stand before every text, the model "
                               f"has {self.model.config.context} positions")  # fmt: skip
         self.window = room  # a text of so many bytes never has more tokens than there are positions left
 
@@ -115,24 +115,22 @@ class TokenizedLM(ByteLM):
 
     # Trees.
 
-    def tree(self, text: bytes) -> Tree:
+    def tree(self, text: bytes, lane: int = 0) -> Tree:
         """The covers of a text; the model has seen none of them yet."""
-        return self._grown(Tree(self.grammar, self.semantics, self.trunk), text)
-
-    def _grown(self, tree: Tree, text: bytes) -> Tree:
-        for byte in self._before + text:
+        tree = Tree(self.grammar, self.semantics, self.trunk, lane)
+        for byte in self.before + text:
             tree.push(byte)
         return tree
 
     def read(self, session: Session, trees: Sequence[Tree]) -> None:
         """Lets the model see the new nodes of some trees, all of them at once."""
-        todo = [(tree, node) for tree in trees for node in tree.new]
-        for first in range(0, len(todo), BLOCK):
-            part = todo[first : first + BLOCK]
+        while any(tree.new for tree in trees):
+            each = max(BLOCK // sum(bool(tree.new) for tree in trees), 1)
+            part = [(tree, node) for tree in trees for node in tree.new[:each]]
             for (tree, node), row in zip(part, session.read([node for _, node in part])):
                 tree.fill(node, row)
-        for tree in trees:
-            tree.new = []
+            for tree in trees:
+                tree.new = tree.new[each:]
 
     def logprobs_batch(self, prefixes: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> NDArray[np.float64]:
         """Raises ImpossibleText where no text begins with a prefix."""
@@ -143,8 +141,8 @@ class TokenizedLM(ByteLM):
         texts = [t[visible_from(len(t), self.window) :] for t in texts]
         if self.semantics == "all":
             return self.follow(texts).logprobs() if texts else np.zeros((0, END + 1))
-        trees = [self.tree(t) for t in texts]
-        self.read(self.model.session(), trees)
+        trees = [self.tree(t, lane) for lane, t in enumerate(texts)]
+        self.read(self.model.session(lanes=max(len(trees), 1)), trees)
         out = np.stack([tree.logprobs() for tree in trees]) if trees else np.zeros((0, END + 1))
         for text, tree in zip(texts, trees):
             if not tree.possible():
@@ -199,7 +197,7 @@ class TokenizedLM(ByteLM):
         if self.semantics == "all":
             return self._score_by_bytes(text, scored)
         tree, session = self.tree(text), self.model.session(1 << max(len(text), 1).bit_length())
-        lead = len(self._before)
+        lead = len(self.before)
         total, exact = lead + len(text), self.semantics == "masked"
         mass = np.full(total + 1, -np.inf)  # of the covers of the first n bytes
         symbols = np.full((total, END + 1), -np.inf) if not exact else None
@@ -318,31 +316,38 @@ class Covers(Follower):
 
     def __init__(self, lm: TokenizedLM, prompts: list[bytes], skip: float):
         self._lm, self._skip = lm, skip
-        self.session = lm.model.session()
+        self.session = lm.model.session(lanes=max(len(prompts), 1))
         self._texts = list(prompts)
-        self.trees: list[Tree | None] = []  # None: the text has ended
-        for prompt in prompts:
-            tree = self._begin(prompt)
-            if not tree.possible():
+        self.trees: list[Tree | None] = [None] * len(prompts)  # None: the text has ended
+        self._begin(list(range(len(prompts))))
+        for tree, prompt in zip(self.trees, prompts):
+            if tree is not None and not tree.possible():
                 raise ImpossibleText(lm.why(prompt))
-            self.trees.append(tree)
 
-    def _begin(self, text: bytes) -> Tree:
-        lm = self._lm
+    def _begin(self, which: list[int]) -> None:
+        """Reads some of the texts from their beginning."""
+        lm, lazy = self._lm, self._lm.semantics == "all" or self._skip > 0
+        texts = {i: self._texts[i] for i in which}
         if lm.slides:
-            text = text[visible_from(len(text), lm.window) :]
-        if lm.semantics != "all" and not self._skip:
-            return lm.tree(text)
-        tree = LazyTree(lm.grammar, lm.semantics, lm.trunk, self._skip, lm.beam, eager=lm.semantics != "all")
-        if tree.eager:
-            lm._grown(tree, text)
-            lm.read(self.session, [tree])
-            tree.eager = False
-            return tree
-        for byte in lm._before + text:
-            self._settle([tree])
-            self.session.forget(tree.drop(tree.push(byte)))
-        return tree
+            texts = {i: text[visible_from(len(text), lm.window) :] for i, text in texts.items()}
+        if not lazy:
+            self.trees = [lm.tree(texts[i], i) if i in texts else tree for i, tree in enumerate(self.trees)]
+            return
+        eager, options = lm.semantics != "all", dict(skip=self._skip, beam=lm.beam)
+        new = {i: LazyTree(lm.grammar, lm.semantics, lm.trunk, i, eager=eager, **options) for i in texts}
+        for n in range(max((len(lm.before + text) for text in texts.values()), default=0)):
+            growing = {i: tree for i, tree in new.items() if n < len(lm.before + texts[i])}
+            if not eager:
+                self._settle(list(growing.values()))
+            for i, tree in growing.items():
+                gone = tree.push((lm.before + texts[i])[n])
+                self.session.forget([] if eager else tree.drop(gone))
+        if eager:
+            lm.read(self.session, list(new.values()))
+            for tree in new.values():
+                tree.eager = False
+        for i, tree in new.items():
+            self.trees[i] = tree
 
     def _settle(self, trees: Sequence[Tree]) -> None:
         """Reads what must be read."""
@@ -386,8 +391,10 @@ class Covers(Follower):
                 if len(self._texts[i]) <= self._lm.window or not self._lm.slides:
                     self.session.forget(tree.drop(tree.push(symbol)))
                     continue
-            self.session.forget([node for node in tree.held() if node.slot >= 0])
-            self.trees[i] = None if symbol == END else self._begin(self._texts[i])
+            self.session.forget(tree.held())
+            self.trees[i] = None
+            if symbol != END:
+                self._begin([i])
 
 
 def _dead_from_the_first(logs: NDArray[np.float64]) -> NDArray[np.float64]:

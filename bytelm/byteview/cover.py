@@ -31,7 +31,8 @@ class Node:
     tail: tuple[int, ...]  # the last tokens, as many as the segmenter looks at
     ranges: list[tuple[int, int]]  # places in the vocabulary's order of the tokens that spell the next 0, 1, .. bytes
     logp: float = 0.0  # of the tokens under the model, natural log
-    slot: int = -1  # where the model keeps it
+    lane: int = 0  # which of the texts that the model reads side by side it belongs to
+    slot: int = -1  # where the model keeps it, among those of its lane
     row: NDArray[np.float64] | None = None  # ln p of each token behind it, [v]; what is not allowed has -inf
     children: "list[Node]" = dataclasses.field(default_factory=list)  # that are held
     passed: bool = False  # of a node that waits (beam.py): some token behind it ends inside the text
@@ -45,11 +46,11 @@ class Node:
         return out
 
 
-def chain(tokens: Sequence[int]) -> list[Node]:
+def chain(tokens: Sequence[int], lane: int = 0) -> list[Node]:
     """One node for each of some tokens in a row, the first of which starts the text. For the model only."""
     nodes: list[Node] = []
     for n, token in enumerate(tokens):
-        nodes.append(Node(token, nodes[-1] if nodes else None, -1, n, State(), (), (), []))
+        nodes.append(Node(token, nodes[-1] if nodes else None, -1, n, State(), (), (), [], lane=lane))
     return nodes
 
 
@@ -60,11 +61,12 @@ class Grammar:
         self.vocabulary, self.lead = vocabulary, lead
         self._masks: dict[tuple, NDArray[np.bool_]] = {}
 
-    def root(self, trunk: Sequence[int]) -> Node:
+    def root(self, trunk: Sequence[int], lane: int = 0) -> Node:
         """The empty text behind some tokens."""
-        before = chain(trunk[:-1])
+        before = chain(trunk[:-1], lane)
         parent = before[-1] if before else None
-        return Node(trunk[-1], parent, 0, len(before), State(), (0,), (), [(0, len(self.vocabulary.order))])
+        ranges = [(0, len(self.vocabulary.order))]
+        return Node(trunk[-1], parent, 0, len(before), State(), (0,), (), ranges, lane=lane)
 
     def child(self, node: Node, token: int, text: bytes) -> Node | None:
         """The node behind one more token, or None where no text begins with these tokens. `text`: all of its bytes."""
@@ -85,7 +87,7 @@ class Grammar:
         places = (*node.marks, node.end, end)
         tail = v.segmenter.tail((*node.tail, token))
         marks = tuple(places[i] for i in kept)
-        return Node(token, node, end, node.depth + 1, state, marks, tail, [(0, len(v.order))])
+        return Node(token, node, end, node.depth + 1, state, marks, tail, [(0, len(v.order))], lane=node.lane)
 
     def mask(self, node: Node, text: bytes) -> NDArray[np.bool_]:
         """Which tokens may come next, [v]: those with which some text begins; the end symbol, if one ends here."""
@@ -124,10 +126,10 @@ class Tree:
     """The covers of a text that grows behind some tokens, the trunk. What the model says of a node is put into it from
     outside."""
 
-    def __init__(self, grammar: Grammar, semantics: Semantics, trunk: Sequence[int]):
+    def __init__(self, grammar: Grammar, semantics: Semantics, trunk: Sequence[int], lane: int = 0):
         self.grammar, self.semantics = grammar, semantics
         self.text = b""
-        self.root = grammar.root(trunk)
+        self.root = grammar.root(trunk, lane)
         self.open = [self.root]  # nodes some of whose tokens spell what comes behind them
         self.new = self.root.ancestors()[::-1]  # nodes that the model has not seen
 
@@ -157,7 +159,7 @@ class Tree:
         if self.semantics != "all":
             return self.grammar.child(node, token, text)
         ranges = [(0, len(self.grammar.vocabulary.order))]
-        return Node(token, node, len(text), node.depth + 1, State(), (), (), ranges)
+        return Node(token, node, len(text), node.depth + 1, State(), (), (), ranges, lane=node.lane)
 
     def mask(self, node: Node) -> NDArray[np.bool_] | None:
         """Which tokens count behind a node, [v]; None: all."""

@@ -18,8 +18,8 @@ from bytelm.models.token_lm import TokenLM, TokenLMConfig
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="cache")
-def _extend(graph, params, ids, positions, slots, seen, places, cache):
-    return nnx.merge(graph, params).extend(ids, positions, slots, seen, places, cache)
+def _extend(graph, params, ids, positions, slots, seen, places, wanted, cache):
+    return nnx.merge(graph, params).extend(ids, positions, slots, seen, places, wanted, cache)
 
 
 def token_structure(config: TokenLMConfig) -> tuple[nnx.GraphDef, Params]:
@@ -41,30 +41,44 @@ class TokenModel:
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             return _extend(self.graph, self.params, *arguments)
 
-    def session(self, slots: int = 256) -> "Session":
-        """An empty cache."""
-        return Session(self, slots)
+    def session(self, slots: int = 256, lanes: int = 1) -> "Session":
+        """An empty cache for so many texts side by side."""
+        return Session(self, slots, lanes)
 
 
 class Session:
     """A cache, which nodes are in it, and what the model said behind them. It grows as it is needed."""
 
-    def __init__(self, model: TokenModel, slots: int):
+    def __init__(self, model: TokenModel, slots: int, lanes: int):
         self.model = model
         self.room = slots
-        self.cache = nnx.merge(model.graph, model.params).empty_cache(slots)
-        self.used = 0
-        self.free: list[int] = []
-        self.places = np.zeros(slots, np.int32)
-        self.ancestors = np.zeros((slots, slots), bool)
+        self.cache = nnx.merge(model.graph, model.params).empty_cache(slots, lanes)
+        self.used = [0] * lanes
+        self.free: list[list[int]] = [[] for _ in range(lanes)]
+        self.places = np.zeros((lanes, slots), np.int32)
+        self.ancestors = np.zeros((lanes, slots, slots), bool)
         self.tokens_read = 0
 
     def _grow(self) -> None:
         more = self.room
-        self.cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))), self.cache)
-        self.places = np.pad(self.places, (0, more))
-        self.ancestors = np.pad(self.ancestors, ((0, more), (0, more)))
+        self.cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))), self.cache)
+        self.places = np.pad(self.places, ((0, 0), (0, more)))
+        self.ancestors = np.pad(self.ancestors, ((0, 0), (0, more), (0, more)))
         self.room += more
+
+    def _seat(self, node: Node) -> None:
+        """Gives a node a slot."""
+        lane = node.lane
+        if self.free[lane]:
+            node.slot = self.free[lane].pop()
+        else:
+            while self.used[lane] >= self.room:
+                self._grow()
+            node.slot, self.used[lane] = self.used[lane], self.used[lane] + 1
+        self.places[lane, node.slot] = node.depth
+        row = self.ancestors[lane, node.slot]
+        row[:] = False if node.parent is None else self.ancestors[lane, node.parent.slot]
+        row[node.slot] = True
 
     def read(self, nodes: Sequence[Node]) -> NDArray[np.float32]:
         """Logits behind each node, [n, v]. Nodes come behind their parents, in the list or read before."""
@@ -74,24 +88,23 @@ class Session:
         if deep >= self.model.config.context:
             raise ConfigError(f"the text has {deep + 1} tokens, the model knows {self.model.config.context} positions: "
                               "shorten the text, or ask for a window")  # fmt: skip
+        lanes = len(self.used)
+        columns, counts = [], [0] * lanes  # of each node: its place among those of its lane that are read now
         for node in nodes:
-            if self.free:
-                node.slot = self.free.pop()
-            else:
-                while self.used >= self.room:
-                    self._grow()
-                node.slot, self.used = self.used, self.used + 1
-            self.places[node.slot] = node.depth
-            row = self.ancestors[node.slot]
-            row[:] = False if node.parent is None else self.ancestors[node.parent.slot]
-            row[node.slot] = True
-        size = 1 << (len(nodes) - 1).bit_length()
-        pad = size - len(nodes)
-        slots = np.array([node.slot for node in nodes] + [self.room] * pad, np.int32)
-        seen = np.pad(self.ancestors[slots[: len(nodes)]], ((0, pad), (0, 0)))
-        ids = np.array([node.token for node in nodes] + [0] * pad, np.int32)
-        positions = np.array([node.depth for node in nodes] + [0] * pad, np.int32)
-        logits, self.cache = self.model.extend(ids, positions, slots, seen, self.places.copy(), self.cache)
+            self._seat(node)
+            columns.append(counts[node.lane])
+            counts[node.lane] += 1
+        size = _power(max(counts))
+        ids, positions = np.zeros((lanes, size), np.int32), np.zeros((lanes, size), np.int32)
+        slots = np.full((lanes, size), self.room, np.int32)  # past the end: nowhere
+        seen = np.zeros((lanes, size, self.room), bool)
+        for node, column in zip(nodes, columns):
+            at = node.lane, column
+            ids[at], positions[at], slots[at] = node.token, node.depth, node.slot
+            seen[at] = self.ancestors[node.lane, node.slot]
+        wanted = np.zeros(_power(len(nodes)), np.int32)
+        wanted[: len(nodes)] = [node.lane * size + column for node, column in zip(nodes, columns)]
+        logits, self.cache = self.model.extend(ids, positions, slots, seen, self.places.copy(), wanted, self.cache)
         self.tokens_read += len(nodes)
         return np.asarray(logits)[: len(nodes)]
 
@@ -99,5 +112,10 @@ class Session:
         """Frees the slots of nodes that no node will look at any more."""
         for node in nodes:
             if node.slot >= 0:
-                self.free.append(node.slot)
+                self.free[node.lane].append(node.slot)
                 node.slot = -1
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not below n: few sizes, so that few are compiled."""
+    return 1 << (n - 1).bit_length()

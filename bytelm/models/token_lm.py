@@ -72,10 +72,10 @@ class TokenLMConfig:
 @jax.tree_util.register_dataclass
 @dataclass
 class TreeCache:
-    """Keys and values of tokens in slots, in no order; a leading layers axis."""
+    """Keys and values of tokens of some texts in slots, in no order; a leading layers axis."""
 
-    k: Float[Array, "l s g k"]
-    v: Float[Array, "l s g k"]
+    k: Float[Array, "l b s g k"]
+    v: Float[Array, "l b s g k"]
 
 
 def rotary_frequencies(config: TokenLMConfig) -> Float[Array, " f"]:
@@ -186,36 +186,40 @@ class TokenLM(nnx.Module):
         x, _ = jax.lax.scan(layer, x, (self.blocks, self._windows()))
         return self._logits(x)
 
-    def empty_cache(self, slots: int) -> TreeCache:
-        """A cache with room for so many tokens."""
+    def empty_cache(self, slots: int, lanes: int = 1) -> TreeCache:
+        """A cache with room for so many tokens of each of some texts."""
         c = self.config
-        shape = (c.layers, slots, c.kv_heads, c.head_dim)
+        shape = (c.layers, lanes, slots, c.kv_heads, c.head_dim)
         return TreeCache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
 
     def extend(
         self,
-        ids: Int[Array, " m"],
-        positions: Int[Array, " m"],
-        slots: Int[Array, " m"],
-        seen: Bool[Array, "m s"],
-        places: Int[Array, " s"],
+        ids: Int[Array, "b m"],
+        positions: Int[Array, "b m"],
+        slots: Int[Array, "b m"],
+        seen: Bool[Array, "b m s"],
+        places: Int[Array, "b s"],
+        wanted: Int[Array, " n"],
         cache: TreeCache,
-    ) -> tuple[Float[Array, "m v"], TreeCache]:
-        """Logits after each of some tokens, which are put into the slots named (a slot past the end: nowhere).
+    ) -> tuple[Float[Array, "n v"], TreeCache]:
+        """Logits behind some tokens of each of b texts, which are put into the slots named (a slot past the end:
+        nowhere), for those tokens that are `wanted` (places in the [b m] of them, row by row).
 
         `seen`: the slots each may look at, its own and its ancestors'; `places`: position of the token in each slot.
         """
-        x, angle = self._enter(ids[None], positions[None])
-        behind = positions[:, None] - places[None, :]
+        x, angle = self._enter(ids, positions)
+        behind = positions[:, :, None] - places[:, None, :]
+        lanes = jnp.arange(ids.shape[0])[:, None]
 
         def layer(x, block):
             block, window, old_k, old_v = block
             q, k, v = block.project(block.attention_norm(x), angle)
-            k = old_k.at[slots].set(k[0].astype(old_k.dtype), mode="drop")
-            v = old_v.at[slots].set(v[0].astype(old_v.dtype), mode="drop")
-            y = attend(q, k[None], v[None], (seen & (behind < window))[None])
+            k = old_k.at[lanes, slots].set(k.astype(old_k.dtype), mode="drop")
+            v = old_v.at[lanes, slots].set(v.astype(old_v.dtype), mode="drop")
+            y = attend(q, k, v, seen & (behind < window))
             x = x + block.out(y).astype(x.dtype)
             return x + block.feed_forward(block.mlp_norm(x)).astype(x.dtype), (k, v)
 
         x, (k, v) = jax.lax.scan(layer, x, (self.blocks, self._windows(), cache.k, cache.v))
-        return self._logits(x)[0], dataclasses.replace(cache, k=k, v=v)
+        x = x.reshape(-1, x.shape[-1])[wanted]
+        return self._logits(x), dataclasses.replace(cache, k=k, v=v)
