@@ -22,6 +22,29 @@ def test_sample_and_explain(golden, capsysbinary):
     assert "tokens of the prompt:  The | ␣l | ic | en" in out and "next byte" in out
 
 
+def test_ways_to_sample(golden, tmp_path, capsysbinary):
+    model = tmp_path / "model"
+    shutil.copytree(golden / "model_tiny_lm", model)
+    template = "{% for m in messages %}<|endoftext|>{{ m.content }}{% endfor %}"
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+
+    def sample(*more, prompt="The licen"):
+        options = ["--prompt", prompt, "--temperature", "0", "--max-bytes", "12"]
+        assert main(["sample", str(model), *options, *more]) == 0
+        return capsysbinary.readouterr().out
+
+    plain = sample()
+    assert sample("--semantics", "all").startswith(b"The license")
+    assert sample("--by-tokens").startswith(b"The license") and len(sample("--by-tokens")) == len(plain)
+    assert sample("--special", prompt="<|endoftext|>The licen") == b"<|endoftext|>" + plain
+    assert sample("--chat") == plain.removeprefix(b"The licen")
+    long = "The quick brown fox. " * 26
+    assert len(sample("--slide", prompt=long)) == len(long) + 13
+    assert b"next byte" in sample("--chat", "--explain")
+    counted = sample("--by-tokens", "--count", "2")
+    assert counted.startswith(b"--- 1 ---\nThe license") and b"--- 2 ---" in counted
+
+
 def test_eval_says_both_figures(golden, capsys):
     text = str(golden / "text.txt")
     assert main(["eval", str(golden / "model_tiny_lm"), "--text", text, "--max-bytes", "300", "--json"]) == 0
@@ -34,6 +57,12 @@ def test_eval_says_both_figures(golden, capsys):
     [
         (["eval", "MODEL", "--text", "TEXT", "--semantics", "canonical"], "no code lengths"),
         (["sample", "MODEL", "--input", "x"], "reads no input"),
+        (["sample", "MODEL", "--chat", "--prompt", "x"], "no chat template"),
+        (["sample", "MODEL", "--suffix", "x"], "no special tokens for filling in"),
+        (["sample", "MODEL", "--suffix", "x", "--special"], "one of them"),
+        (["sample", "MODEL", "--by-tokens", "--semantics", "canonical"], "no law of their own"),
+        (["sample", "MODEL", "--special", "--input", "x"], "for encoder-decoders"),
+        (["sample", "MODEL", "--prompt", "LONG"], "let it slide"),
         (["sample", "NO_TOKENIZER"], "no tokenizer beside the weights"),
         (["sample", "BROKEN"], "cannot be read as a tokenizer"),
         (["sample", "CLIP"], "do not join to the text"),
@@ -62,6 +91,11 @@ def test_mistakes(golden, tmp_path, capsys, args, message):
         else:
             text = json.dumps({**tokenizer, **changes[name]}) if name in changes else "{"
             (path / "tokenizer.json").write_text(text)
-    places = {"MODEL": str(good), "TEXT": str(golden / "text.txt"), name: str(path if path.exists() else good)}
+    places = {
+        "LONG": "x" * 600,
+        "MODEL": str(good),
+        "TEXT": str(golden / "text.txt"),
+        name: str(path if path.exists() else good),
+    }
     assert main([places.get(a, a) for a in args]) == 2
     assert message in capsys.readouterr().err

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 import bytelm
+from bytelm.byteview.byte_view import TokenizedLM
+from bytelm.byteview.cover import chain
+from bytelm.byteview.prompts import chat
 
 pytestmark = pytest.mark.slow
 
@@ -33,3 +36,25 @@ def test_one_pass_equals_byte_by_byte(lm):
     score = lm.score(text)
     rows = lm.logprobs_batch([text[:n] for n in range(0, len(text), 7)])
     np.testing.assert_allclose(score.per_byte[::7], rows[np.arange(len(rows)), list(text[::7])], atol=2e-3)
+
+
+def test_a_chat_has_the_tokens_and_probabilities_of_transformers(lm):
+    """The ids of apply_chat_template and the likeliest next tokens, as transformers 5.24 gives them for this file."""
+    pytest.importorskip("jinja2")
+    asked = chat(lm, [{"role": "user", "content": "What is the capital of France?"}])
+    ids = [*asked.trunk, *lm.vocabulary.encode(asked.opening)]
+    assert ids == [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712,
+                   8182, 2, 198, 1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2, 198, 1, 520, 9531,
+                   198]  # fmt: skip
+    row = lm.model.session().read(chain(ids))[-1].astype(np.float64)
+    found = np.exp(row - np.logaddexp.reduce(row))
+    for token, p in ((504, 0.152178), (60, 0.140183), (15319, 0.103761), (2219, 0.060422)):
+        assert found[token] == pytest.approx(p, abs=2e-4)
+    assert asked.generate_tokens([b""], 60, temperature=0) == [b"The capital of France is Paris."]
+
+
+def test_every_way_to_cut_costs_little(lm):
+    every = TokenizedLM(lm.model, lm.vocabulary, "all")
+    covers = every.follow([b"The capital of Fr"])
+    assert np.exp(covers.logprobs()[0, ord("a")]) > 0.9
+    assert every.generate(b"The capital of Fr", 4, temperature=0) == b"ance"
