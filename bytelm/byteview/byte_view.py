@@ -8,16 +8,15 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from bytelm.byteview.beam import LazyTree
 from bytelm.byteview.cover import Grammar, Semantics, Tree, chain, log_sum
+from bytelm.byteview.covers import Covers
 from bytelm.byteview.token_model import Session, TokenModel
 from bytelm.byteview.token_sampling import draw_tokens
 from bytelm.byteview.vocabulary import Vocabulary
 from bytelm.config import ConfigError
-from bytelm.following import Follower
 from bytelm.generate import Sampling
 from bytelm.protocol import ByteLM, Score, Text, in_context, no_inputs
-from bytelm.vocab import END, encode
+from bytelm.vocab import END, complete_prefix, encode
 from bytelm.windows import DEFAULT_WINDOW, scoring_windows, visible_from
 
 BLOCK = 256  # nodes that the model reads at once
@@ -115,6 +114,10 @@ class TokenizedLM(ByteLM):
 
     # Trees.
 
+    def seen_from(self, text: bytes) -> int:
+        """First byte of a text that is seen when it is gone on with."""
+        return _character(text, visible_from(len(text), _room(self.window, text)))
+
     def tree(self, text: bytes, lane: int = 0) -> Tree:
         """The covers of a text; the model has seen none of them yet."""
         tree = Tree(self.grammar, self.semantics, self.trunk, lane)
@@ -138,7 +141,7 @@ class TokenizedLM(ByteLM):
         texts = [encode(p) for p in prefixes]
         for text in texts:
             self._check_normal(text)
-        texts = [t[visible_from(len(t), self.window) :] for t in texts]
+        texts = [t[self.seen_from(t) :] for t in texts]
         if self.semantics == "all":
             return self.follow(texts).logprobs() if texts else np.zeros((0, END + 1))
         trees = [self.tree(t, lane) for lane, t in enumerate(texts)]
@@ -186,8 +189,10 @@ class TokenizedLM(ByteLM):
         for context, text in in_context(texts, contexts):
             self._check_normal(context + text)
             logs = np.zeros(len(text))
-            for first, end, scored in scoring_windows(len(context), len(context) + len(text), window):
-                part = self._score((context + text)[first:end], scored - first)
+            whole = context + text
+            for first, end, scored in scoring_windows(len(context), len(whole), _room(window, whole)):
+                first = _character(whole, first)
+                part = self._score(whole[first:end], scored - first)
                 logs[scored - len(context) : end - len(context)] = part
             scores.append(Score(float(logs.sum()), logs))
         return scores
@@ -296,7 +301,7 @@ class TokenizedLM(ByteLM):
 
     def follow(
         self, prompts: Sequence[Text], *, inputs: Sequence[Text] | None = None, skip: float | None = None
-    ) -> "Covers":
+    ) -> Covers:
         """Texts that grow on one cache: about one token read a byte, or fewer where nodes whose share of the mass is at
         most `skip` may wait (`Covers.bounds` then says how far off it is; default: 0, under semantics all 1e-6). Raises
         ImpossibleText."""
@@ -307,94 +312,22 @@ class TokenizedLM(ByteLM):
         texts = [encode(p) for p in prompts]
         for text in texts:
             self._check_normal(text)
-        return Covers(self, texts, skip)
-
-
-class Covers(Follower):
-    """The covers of some texts that grow. A text longer than the model has room for is read again from its later half
-    where the model slides; else ConfigError."""
-
-    def __init__(self, lm: TokenizedLM, prompts: list[bytes], skip: float):
-        self._lm, self._skip = lm, skip
-        self.session = lm.model.session(lanes=max(len(prompts), 1))
-        self._texts = list(prompts)
-        self.trees: list[Tree | None] = [None] * len(prompts)  # None: the text has ended
-        self._begin(list(range(len(prompts))))
-        for tree, prompt in zip(self.trees, prompts):
+        covers = Covers(self, texts, skip)
+        for text, tree in zip(texts, covers.trees):
             if tree is not None and not tree.possible():
-                raise ImpossibleText(lm.why(prompt))
+                raise ImpossibleText(self.why(text))
+        return covers
 
-    def _begin(self, which: list[int]) -> None:
-        """Reads some of the texts from their beginning."""
-        lm, lazy = self._lm, self._lm.semantics == "all" or self._skip > 0
-        texts = {i: self._texts[i] for i in which}
-        if lm.slides:
-            texts = {i: text[visible_from(len(text), lm.window) :] for i, text in texts.items()}
-        if not lazy:
-            self.trees = [lm.tree(texts[i], i) if i in texts else tree for i, tree in enumerate(self.trees)]
-            return
-        eager, options = lm.semantics != "all", dict(skip=self._skip, beam=lm.beam)
-        new = {i: LazyTree(lm.grammar, lm.semantics, lm.trunk, i, eager=eager, **options) for i in texts}
-        for n in range(max((len(lm.before + text) for text in texts.values()), default=0)):
-            growing = {i: tree for i, tree in new.items() if n < len(lm.before + texts[i])}
-            if not eager:
-                self._settle(list(growing.values()))
-            for i, tree in growing.items():
-                gone = tree.push((lm.before + texts[i])[n])
-                self.session.forget([] if eager else tree.drop(gone))
-        if eager:
-            lm.read(self.session, list(new.values()))
-            for tree in new.values():
-                tree.eager = False
-        for i, tree in new.items():
-            self.trees[i] = tree
 
-    def _settle(self, trees: Sequence[Tree]) -> None:
-        """Reads what must be read."""
-        while True:
-            self._lm.read(self.session, trees)
-            for tree in trees:
-                if isinstance(tree, LazyTree):
-                    tree.new = tree.choose()
-            if not any(tree.new for tree in trees):
-                break
-        for tree in trees:
-            if isinstance(tree, LazyTree):
-                self.session.forget(tree.prune())
+def _room(window: int, text: bytes) -> int:
+    """The window, with room for a character that it would begin inside of."""
+    return window if text.isascii() else max(window - 3, 1)
 
-    def logprobs(self) -> NDArray[np.float64]:
-        self._settle([tree for tree in self.trees if tree is not None])
-        dead = np.full(END + 1, -np.inf)
-        return np.stack([dead if tree is None else tree.logprobs() for tree in self.trees])
 
-    def bounds(self) -> NDArray[np.float64]:
-        """How far each text's distribution may be from the true one (total variation), [n]. After `logprobs`."""
-        return np.array([tree.bound() if isinstance(tree, LazyTree) else 0.0 for tree in self.trees])
-
-    def intervals(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Least and greatest probability of each next symbol of each text, [n, 257] each. After `logprobs`."""
-        pairs = []
-        for tree in self.trees:
-            if isinstance(tree, LazyTree):
-                pairs.append(tree.interval())
-            else:
-                row = np.zeros(END + 1) if tree is None else np.exp(tree.logprobs())
-                pairs.append((row, row))
-        return np.stack([low for low, _ in pairs]), np.stack([high for _, high in pairs])
-
-    def push(self, symbols: Sequence[int]) -> None:
-        for i, (tree, symbol) in enumerate(zip(self.trees, symbols)):
-            if tree is None:
-                continue
-            if symbol != END:
-                self._texts[i] += bytes([symbol])
-                if len(self._texts[i]) <= self._lm.window or not self._lm.slides:
-                    self.session.forget(tree.drop(tree.push(symbol)))
-                    continue
-            self.session.forget(tree.held())
-            self.trees[i] = None
-            if symbol != END:
-                self._begin([i])
+def _character(text: bytes, place: int) -> int:
+    """Where the character begins that a place is inside of: no text begins inside one."""
+    near = text[max(place - 3, 0) : place]
+    return place - len(near) + complete_prefix(near)
 
 
 def _dead_from_the_first(logs: NDArray[np.float64]) -> NDArray[np.float64]:

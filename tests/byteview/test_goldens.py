@@ -158,6 +158,17 @@ def test_longer_than_the_model(golden, loaded):
         lm.generate(text[:500], 100)
 
 
+def test_windows_that_would_begin_inside_a_character(loaded):
+    for lm in loaded.values():
+        text = "\u00e9\u00fc\u4e2d" * 90 + "x" + "\u4e2d" * 110  # 961 bytes
+        for shift in range(3):
+            score = lm.score("a" * shift + text, window=200)
+            assert np.isfinite(score.total)
+            assert np.isfinite(lm.logprobs("a" * shift + text)).any()
+        sliding = TokenizedLM(lm.model, lm.vocabulary, long_text="slide")
+        assert len(sliding.generate("\u4e2d" * 169, 12, temperature=0)) > 0
+
+
 def test_wrong_arguments(golden, loaded):
     with pytest.raises(ConfigError, match="semantics='each'"):
         bytelm.load(golden / "model_tiny_lm", semantics="each")
