@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bytelm.byteview.readings import State
+from bytelm.byteview.segmenter import Kept
 from bytelm.byteview.vocabulary import Vocabulary
 
 Semantics = Literal["masked", "canonical", "lastfree", "all"]
@@ -59,7 +60,7 @@ class Grammar:
 
     def __init__(self, vocabulary: Vocabulary, lead: bytes = b""):
         self.vocabulary, self.lead = vocabulary, lead
-        self._masks: dict[tuple, NDArray[np.bool_]] = {}
+        self._masks = Kept(len(vocabulary.tokens))
 
     def root(self, trunk: Sequence[int], lane: int = 0) -> Node:
         """The empty text behind some tokens."""
@@ -93,11 +94,7 @@ class Grammar:
         """Which tokens may come next, [v]: those with which some text begins; the end symbol, if one ends here."""
         v = self.vocabulary
         bare = bool(self.lead) and node.end == len(self.lead)  # the lead stands in front of a text, never alone
-        key = (node.state, node.tail, bare)
-        if key not in self._masks:
-            self._masks[key] = self._mask(node)
-            self._masks[key][v.ends] &= not bare
-        out = self._masks[key]
+        out = self._masks.get((node.state, node.tail, bare), lambda: self._mask(node, bare))
         if v.whole_pieces:
             heads = [text[place : node.end] for place in node.marks if place < node.end]
             closing = sorted({t for head in heads for t in v.closing(head)})
@@ -108,7 +105,7 @@ class Grammar:
                 out[closing] &= exists[0, 0] | exists[1].any(axis=0)
         return out
 
-    def _mask(self, node: Node) -> NDArray[np.bool_]:
+    def _mask(self, node: Node, bare: bool) -> NDArray[np.bool_]:
         v = self.vocabulary
         kinds, allowed = v.readings.kinds(node.state), v.readings.allowed(node.state)
         number, beginning = np.maximum(kinds, 0), v.segmenter.beginning
@@ -118,7 +115,7 @@ class Grammar:
         if v.whole_pieces:
             out |= allowed.exists[1, 1][number] & ~beginning
         out &= kinds >= 0
-        out[v.ends] = allowed.end
+        out[v.ends] = allowed.end and not bare
         return out
 
 

@@ -7,7 +7,7 @@ token by token: which tokens may follow the ones so far, with more bytes of the 
 import heapq
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -15,6 +15,23 @@ from numpy.typing import NDArray
 
 NEVER = np.iinfo(np.int32).max  # rank of a merge that does not exist
 Tokens = Sequence[bytes | None]
+
+
+class Kept:
+    """What was last asked for of many masks over tokens, [v] each: as many as fit in 128 MiB."""
+
+    def __init__(self, tokens: int):
+        self._room = max((128 << 20) // max(tokens, 1), 64)
+        self._masks: OrderedDict[Hashable, NDArray[np.bool_]] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], NDArray[np.bool_]]) -> NDArray[np.bool_]:
+        """The mask of a key, made if it is not there."""
+        if key not in self._masks:
+            self._masks[key] = make()
+            if len(self._masks) > self._room:
+                self._masks.popitem(last=False)
+        self._masks.move_to_end(key)
+        return self._masks[key]
 
 
 class Segmenter(ABC):
@@ -75,8 +92,7 @@ class BytePairs(Segmenter):
                     left, right = ids.get(text[:cut]), ids.get(text[cut:])
                     if left is not None and right is not None:
                         self._by_left.setdefault(left, {})[right] = (int(rank[i]), i)
-        self._rows: OrderedDict[int, NDArray[np.int32]] = OrderedDict()
-        self._followers: OrderedDict[int, NDArray[np.bool_]] = OrderedDict()
+        self._followers = Kept(len(tokens))
 
     def encode(self, piece: bytes) -> list[int] | None:
         units = self.units(piece)
@@ -163,13 +179,7 @@ class BytePairs(Segmenter):
         return row
 
     def following(self, tokens: tuple[int, ...]) -> NDArray[np.bool_]:
-        last = tokens[-1]
-        if last not in self._followers:
-            self._followers[last] = self._pairs(last)
-            if len(self._followers) > 4096:
-                self._followers.popitem(last=False)
-        self._followers.move_to_end(last)
-        return self._followers[last]
+        return self._followers.get(tokens[-1], lambda: self._pairs(tokens[-1]))
 
     def _pairs(self, last: int) -> NDArray[np.bool_]:
         """Which tokens may stand behind `last`: while both grow, merge by merge in order of rank, no merge across the
