@@ -92,6 +92,8 @@ def _sample_tokenized(lm: Any, options: SampleOptions, prompt: bytes) -> int:
         raise ConfigError("--special, --chat, --suffix: one of them")
     before, after = prompt, (options.suffix or "").encode("utf-8", "surrogateescape")
     if options.chat:
+        if complete_prefix(prompt) < len(prompt) or "\ufffd" in prompt.decode(errors="replace"):
+            raise ConfigError("--chat: the message is no UTF-8")
         lm, prompt, before = chat(lm, [{"role": "user", "content": prompt.decode()}]), b"", b""
     elif options.special:
         lm, prompt = with_special(lm, prompt), b""

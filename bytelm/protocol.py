@@ -16,6 +16,10 @@ from bytelm.vocab import complete_prefix, encode
 Text = str | bytes
 
 
+class ImpossibleText(ValueError):
+    """A text that no text of a model's tokenizer begins with; the message says where and why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
     """Natural log-probability of a text: the sum, and of each byte. The end symbol is not scored."""

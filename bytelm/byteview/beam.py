@@ -113,7 +113,7 @@ class LazyTree(Tree):
             return []
         n = len(self.text)
         masses = [(node.logp, node) for node in self.waiting]
-        masses += [(node.logp + self.reaching(node, n), node) for node in self.open]
+        masses += [(node.logp + log_sum(self.inside(node, n)), node) for node in self.open]
         masses.sort(key=lambda pair: pair[0])
         gone = [node for _, node in masses[:spare]]
         self.lost = np.logaddexp(self.lost, log_sum(np.array([mass for mass, _ in masses[:spare]])))
@@ -139,9 +139,10 @@ class LazyTree(Tree):
         """(least, greatest) probability of each next symbol, [257] each."""
         mass, left = self.log_mass(), self.left_out()
         total = np.logaddexp(log_sum(mass), left)
+        if total == -np.inf:
+            return np.zeros(257), np.ones(257)
         return np.exp(mass - total), np.minimum(np.exp(np.logaddexp(mass, left) - total), 1.0)
 
     def possible(self) -> bool:
-        if self.eager:
-            return super().possible()
-        return bool(self.waiting or self.new) or log_sum(self.log_mass()) > -np.inf
+        """Whether what was read and kept spells the text."""
+        return super().possible() if self.eager else log_sum(self.log_mass()) > -np.inf

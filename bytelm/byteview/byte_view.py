@@ -1,6 +1,7 @@
 """A tokenized language model as a byte language model, by the Byte-Token Representation Lemma (Phan et al. 2024)."""
 
 import copy
+import operator
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import get_args
@@ -15,15 +16,11 @@ from bytelm.byteview.token_sampling import draw_tokens
 from bytelm.byteview.vocabulary import Vocabulary
 from bytelm.config import ConfigError
 from bytelm.generate import Sampling
-from bytelm.protocol import ByteLM, Score, Text, in_context, no_inputs
+from bytelm.protocol import ByteLM, ImpossibleText, Score, Text, in_context, no_inputs
 from bytelm.vocab import END, complete_prefix, encode
 from bytelm.windows import DEFAULT_WINDOW, scoring_windows, visible_from
 
 BLOCK = 256  # nodes that the model reads at once
-
-
-class ImpossibleText(ValueError):
-    """A text that no text of the tokenizer begins with; the message says where and why."""
 
 
 class TokenizedLM(ByteLM):
@@ -75,12 +72,13 @@ class TokenizedLM(ByteLM):
         """This model behind a beginning: what it says of a text is what it says of the text there. A beginning is bytes
         and ids of special tokens; bytes behind the last special token stay open, so that a text may end a token that
         they begin. Without `start`, the symbol that starts a text is left out, unless the parts have it."""
-        trunk = list(self.trunk) if start or not parts or not isinstance(parts[0], int) else []
+        trunk = list(self.trunk) if start or not parts or isinstance(parts[0], str | bytes) else []
         opening, grammar = self.opening, self.grammar
         for part in parts:
-            if not isinstance(part, int):
+            if isinstance(part, str | bytes):
                 opening += encode(part)
                 continue
+            part = operator.index(part)
             if not 0 <= part < len(self.vocabulary.tokens):
                 raise ConfigError(f"token {part}: the tokenizer has {len(self.vocabulary.tokens)}")
             first = grammar.lead == self.vocabulary.lead
@@ -115,8 +113,8 @@ class TokenizedLM(ByteLM):
     # Trees.
 
     def seen_from(self, text: bytes) -> int:
-        """First byte of a text that is seen when it is gone on with."""
-        return _character(text, visible_from(len(text), _room(self.window, text)))
+        """First byte of a text that is seen when it is gone on with: the first, where it fits."""
+        return 0 if len(text) <= self.window else _character(text, visible_from(len(text), _room(self.window, text)))
 
     def tree(self, text: bytes, lane: int = 0) -> Tree:
         """The covers of a text; the model has seen none of them yet."""
@@ -140,7 +138,7 @@ class TokenizedLM(ByteLM):
         no_inputs(inputs)
         texts = [encode(p) for p in prefixes]
         for text in texts:
-            self._check_normal(text)
+            self._check_normal(self.opening + text)
         texts = [t[self.seen_from(t) :] for t in texts]
         if self.semantics == "all":
             return self.follow(texts).logprobs() if texts else np.zeros((0, END + 1))
@@ -159,11 +157,26 @@ class TokenizedLM(ByteLM):
             raise ImpossibleText(f"the text is not in Unicode's {form}, into which the tokenizer puts every text: "
                                  f"normalise it first (unicodedata.normalize({form!r}, text))")  # fmt: skip
 
+    def refusal(self, text: bytes) -> ValueError:
+        """What is wrong with a text that the covers do not spell: ImpossibleText, or that the beam has lost it."""
+        spelled = Tree(self.grammar, "lastfree", self.trunk)
+        for byte in self.before + text:
+            spelled.push(byte)
+        if self.semantics == "all" and spelled.possible():
+            return ConfigError(f"beam={self.beam}: none of the strings of tokens that were kept spells the text: "
+                               "widen it")  # fmt: skip
+        return ImpossibleText(self.why(text))
+
     def why(self, text: bytes) -> str:
         """Why no text of the tokenizer begins with these bytes."""
-        end = next((n for n in range(1, len(text) + 1) if not self.tree(text[:n]).possible()), 0)
-        if not end:
-            return "no text of this tokenizer has what stands before this one"
+        tree, end = Tree(self.grammar, "lastfree" if self.semantics == "all" else self.semantics, self.trunk), 0
+        for n, byte in enumerate(self.before + text, 1 - len(self.before)):
+            tree.push(byte)
+            if not tree.possible():
+                end = n
+                break
+        if end < 1:
+            return "no text of this tokenizer begins with these bytes, or with what stands before them"
         return (
             f"no text of this tokenizer begins with these bytes: nothing spells byte 0x{text[end - 1]:02X} at offset "
             f"{end - 1} (bytes that are no UTF-8, or a character that its tokens cannot write, have probability 0 "
@@ -187,7 +200,7 @@ class TokenizedLM(ByteLM):
             raise ConfigError(f"window={window}: must be in 1 .. {self.window} bytes, which this model has room for")
         scores, window = [], window or min(self.window, DEFAULT_WINDOW)
         for context, text in in_context(texts, contexts):
-            self._check_normal(context + text)
+            self._check_normal(self.opening + context + text)
             logs = np.zeros(len(text))
             whole = context + text
             for first, end, scored in scoring_windows(len(context), len(whole), _room(window, whole)):
@@ -260,12 +273,11 @@ class TokenizedLM(ByteLM):
     # Samples.
 
     def _continue(self, prompts, inputs, max_bytes, sampling, seed, stop, block):
-        fits = all(len(p) + max_bytes <= self.window for p in prompts)
-        if not fits and not self.slides:
+        if not self.slides and any(len(p) + max_bytes > self.window for p in prompts):
             raise ConfigError(f"prompt and continuation are longer than the {self.window} bytes that this model has "
                               "room for: shorten the prompt, ask for fewer bytes, or let it slide "
                               "(long_text)")  # fmt: skip
-        if fits and sampling == Sampling() and self.semantics in ("masked", "all"):
+        if sampling == Sampling() and self.semantics == "masked" and not self.slides:
             no_inputs(inputs)
             return self._by_tokens(prompts, max_bytes, sampling, seed, stop, block)
         return super()._continue(prompts, inputs, max_bytes, sampling, seed, stop, block)
@@ -311,11 +323,11 @@ class TokenizedLM(ByteLM):
             raise ConfigError(f"skip={skip}: must be in [0, 1)")
         texts = [encode(p) for p in prompts]
         for text in texts:
-            self._check_normal(text)
+            self._check_normal(self.opening + text)
         covers = Covers(self, texts, skip)
-        for text, tree in zip(texts, covers.trees):
-            if tree is not None and not tree.possible():
-                raise ImpossibleText(self.why(text))
+        for text, possible in zip(texts, covers.possible()):
+            if not possible:
+                raise self.refusal(text)
         return covers
 
 

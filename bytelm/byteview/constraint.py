@@ -71,7 +71,8 @@ class Constrained(ByteLM):
         *,
         inputs: Sequence[Text] | None = None,
     ) -> list[Score]:
-        """Byte by byte. A byte that does not match has -inf, and so have those behind it; so has a context's."""
+        """Byte by byte. A byte that does not match has -inf, and so have those behind it. Raises ConfigError where a
+        context does not match."""
         if window is not None:
             raise ConfigError("window: a constrained model is scored byte by byte, over the whole text")
         out = []

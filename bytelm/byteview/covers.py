@@ -22,16 +22,16 @@ class Covers(Follower):
     def __init__(self, lm: "TokenizedLM", prompts: list[bytes], skip: float):
         self._lm, self._skip = lm, skip
         self.session = lm.model.session(lanes=max(len(prompts), 1))
-        self._texts = list(prompts)
+        self._texts, self._from = list(prompts), [0] * len(prompts)  # and which byte of each its tree begins with
         self.trees: list[Tree | None] = [None] * len(prompts)  # None: the text has ended
         self._begin(list(range(len(prompts))))
 
     def _begin(self, which: list[int]) -> None:
         """Reads some of the texts from their beginning."""
         lm, lazy = self._lm, self._lm.semantics == "all" or self._skip > 0
-        texts = {i: self._texts[i] for i in which}
-        if lm.slides:
-            texts = {i: text[lm.seen_from(text) :] for i, text in texts.items()}
+        for i in which:
+            self._from[i] = lm.seen_from(self._texts[i]) if lm.slides else 0
+        texts = {i: self._texts[i][self._from[i] :] for i in which}
         if not lazy:
             self.trees = [lm.tree(texts[i], i) if i in texts else tree for i, tree in enumerate(self.trees)]
             return
@@ -51,6 +51,11 @@ class Covers(Follower):
         for i, tree in new.items():
             self.trees[i] = tree
 
+    def possible(self) -> list[bool]:
+        """Whether some text begins with each text."""
+        self._settle([tree for tree in self.trees if isinstance(tree, LazyTree)])
+        return [tree is None or tree.possible() for tree in self.trees]
+
     def _settle(self, trees: Sequence[Tree]) -> None:
         """Reads what must be read."""
         while True:
@@ -66,8 +71,11 @@ class Covers(Follower):
 
     def logprobs(self) -> NDArray[np.float64]:
         self._settle([tree for tree in self.trees if tree is not None])
-        dead = np.full(END + 1, -np.inf)
-        return np.stack([dead if tree is None else tree.logprobs() for tree in self.trees])
+        out = np.full((len(self.trees), END + 1), -np.inf)
+        for row, tree in zip(out, self.trees):
+            if tree is not None:
+                row[:] = tree.logprobs()
+        return out
 
     def bounds(self) -> NDArray[np.float64]:
         """How far each text's distribution may be from the true one (total variation), [n]. After `logprobs`."""
@@ -90,7 +98,7 @@ class Covers(Follower):
                 continue
             if symbol != END:
                 self._texts[i] += bytes([symbol])
-                if len(self._texts[i]) <= self._lm.window or not self._lm.slides:
+                if not self._lm.slides or self._lm.seen_from(self._texts[i]) == self._from[i]:
                     self.session.forget(tree.drop(tree.push(symbol)))
                     continue
             self.session.forget(tree.held())

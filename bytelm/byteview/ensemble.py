@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from bytelm.config import ConfigError
 from bytelm.following import Follower
-from bytelm.protocol import ByteLM, Score, Text, in_context
+from bytelm.protocol import ByteLM, ImpossibleText, Score, Text, in_context
 from bytelm.vocab import END
 
 Kind = Literal["mixture", "bayes", "product"]
@@ -35,6 +35,8 @@ class Ensemble(ByteLM):
         weights = [1 / len(members)] * len(members) if weights is None else list(weights)
         if len(weights) != len(members):
             raise ConfigError(f"{len(members)} members but {len(weights)} weights")
+        if not np.isfinite(weights).all():
+            raise ConfigError(f"weights={weights}: must be numbers")
         if kind != "product" and (min(weights) < 0 or sum(weights) <= 0):
             raise ConfigError(f"weights={weights}: a mixture's must not be negative, nor all 0")
         if kind == "product" and min(weights) < 0 and not floor:
@@ -74,7 +76,7 @@ class Ensemble(ByteLM):
         return cls([base, expert, anti], [1.0, alpha, -alpha], "product", floor)
 
     def logprobs_batch(self, prefixes: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> NDArray[np.float64]:
-        rows = np.stack([member.logprobs_batch(prefixes, inputs=inputs) for member in self.members])
+        rows = np.stack([_rows(member, prefixes, inputs) for member in self.members])
         weights = self.weights
         if self.kind == "bayes":
             seen = np.array([[s.total for s in m.score_batch(prefixes, inputs=inputs)] for m in self.members])
@@ -102,6 +104,11 @@ class Ensemble(ByteLM):
             if self.floor:
                 rows = np.logaddexp(rows + np.log1p(-self.floor), np.log(self.floor / (END + 1)))
             weights = np.repeat(self.weights[:, None], rows.shape[1], axis=1)
+            alive = np.cumsum(np.isneginf(rows), axis=1) - np.isneginf(rows) == 0  # so far
+            if self.kind == "mixture":  # a member that thought the text so far impossible has no say in what follows
+                left = np.where(alive, weights, 0.0)
+                total = left.sum(axis=0)
+                weights = np.where(total > 0, left / np.where(total > 0, total, 1.0), weights)
             if self.kind == "bayes":
                 seen = before[:, n, None] + np.concatenate(
                     [np.zeros((len(rows), 1)), np.cumsum(rows, axis=1)[:, :-1]], 1
@@ -121,8 +128,10 @@ class Ensemble(ByteLM):
             follower, logs = self.follow([context], inputs=one), []
             for byte in text:
                 logs.append(follower.logprobs()[0, byte])
+                if not np.isfinite(logs[-1]):
+                    break
                 follower.push([byte])
-            per_byte = np.array(logs, np.float64)
+            per_byte = np.array(logs + [-np.inf] * (len(text) - len(logs)), np.float64)
             out.append(Score(float(per_byte.sum()), per_byte))
         return out
 
@@ -138,25 +147,44 @@ class _Joint(Follower):
         self._followers = [member.follow(prompts, inputs=inputs) for member in ensemble.members]
         self._weights = np.repeat(ensemble.weights[:, None], len(prompts), axis=1)
         self._ended = np.zeros(len(prompts), bool)
+        self._rows: NDArray[np.float64] | None = None
         if ensemble.kind == "bayes":
             seen = [[s.total for s in m.score_batch(prompts, inputs=inputs)] for m in ensemble.members]
             self._weights = _posterior(self._weights, np.array(seen))
 
     def logprobs(self) -> NDArray[np.float64]:
-        self._rows = np.stack([follower.logprobs() for follower in self._followers])
-        out = np.full(self._rows.shape[1:], -np.inf)
+        rows = self._asked()
+        out = np.full(rows.shape[1:], -np.inf)
         live = ~self._ended
-        out[live] = self._ensemble._join(self._rows[:, live], self._weights[:, live])
+        out[live] = self._ensemble._join(rows[:, live], self._weights[:, live])
         return out
 
     def push(self, symbols: Sequence[int]) -> None:
         self._ended |= np.array(symbols) == END
         if self._ensemble.kind == "bayes":
-            seen = self._rows[:, np.arange(len(symbols)), symbols]
+            seen = self._asked()[:, np.arange(len(symbols)), symbols]
             live = ~self._ended
             self._weights[:, live] = _posterior(self._weights[:, live], seen[:, live])
         for follower in self._followers:
             follower.push(symbols)
+        self._rows = None
+
+    def _asked(self) -> NDArray[np.float64]:
+        """What the members say of the next symbols, [members, n, 257]."""
+        if self._rows is None:
+            self._rows = np.stack([follower.logprobs() for follower in self._followers])
+        return self._rows
+
+
+def _rows(member: ByteLM, prefixes: Sequence[Text], inputs: Sequence[Text] | None) -> NDArray[np.float64]:
+    """What a member says behind each prefix, [n, 257]; -inf behind what it thinks impossible."""
+    try:
+        return member.logprobs_batch(prefixes, inputs=inputs)
+    except ImpossibleText:
+        if len(prefixes) == 1:
+            return np.full((1, END + 1), -np.inf)
+        parts = [_rows(member, [p], None if inputs is None else [inputs[n]]) for n, p in enumerate(prefixes)]
+        return np.concatenate(parts)
 
 
 def _posterior(weights: NDArray[np.float64], logs: NDArray[np.float64]) -> NDArray[np.float64]:

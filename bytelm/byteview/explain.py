@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from bytelm.byteview.byte_view import ImpossibleText, TokenizedLM
+from bytelm.byteview.byte_view import TokenizedLM
 from bytelm.byteview.cover import Node, log_sum
 from bytelm.byteview.healing import uncorrected
+from bytelm.protocol import ImpossibleText
 from bytelm.vocab import END
 
 
@@ -23,30 +24,24 @@ class Explanation:
 
 def explain(lm: TokenizedLM, prompt: bytes, covers: int = 6) -> Explanation:
     """Raises ImpossibleText where no text begins with the prompt."""
-    v, session = lm.vocabulary, lm.model.session()
-    tree = lm.tree(prompt)
-    if not tree.possible():
-        raise ImpossibleText(lm.why(prompt))
-    todo = list(tree.new)
-    lm.read(session, [tree])
-    view = np.exp(tree.logprobs())
+    v, grown = lm.vocabulary, lm.follow([prompt])
+    view, tree = np.exp(grown.logprobs()[0]), grown.trees[0]
+    assert tree is not None
     total, n = log_sum(tree.log_mass()), len(tree.text)
 
     def words(node: Node) -> list[bytes]:
         return [v.tokens[a.token] or b"" for a in reversed(node.ancestors()) if a.end > 0]
 
     found: list[tuple[list[bytes], float]] = []
-    for node in todo:
+    for node in (*tree.open, *getattr(tree, "waiting", ())):
         if node.end == n:
             found.append((words(node), float(np.exp(node.logp - total))))
+        if node.end == n or node.row is None:
             continue
-        low, high = node.ranges[-1] if node in tree.open else (0, 0)
+        low, high = node.ranges[-1]
         ids = v.order[low:high][v.lengths[low:high] > n - node.end]
-        if node.row is None or not len(ids):
-            continue
-        row = node.row[ids]
-        if lm.semantics == "canonical":
-            row = np.where(lm.grammar.mask(node, tree.text)[ids], row, -np.inf)
+        mask = tree.mask(node) if lm.semantics == "canonical" else None
+        row = node.row[ids] if mask is None else np.where(mask[ids], node.row[ids], -np.inf)
         for place in np.argsort(-row)[:covers]:
             found.append(([*words(node), v.tokens[ids[place]] or b""], float(np.exp(row[place] + node.logp - total))))
     found.sort(key=lambda cover: -cover[1])
@@ -68,7 +63,7 @@ def table(explanation: Explanation, top: int = 6) -> str:
     """The explanation as lines of text."""
     e, lines = explanation, []
     lines.append("tokens of the prompt:  " + " | ".join(_show(t) for t in e.tokens) if e.tokens else
-                 "the prompt ends inside a character: it has no tokens")  # fmt: skip
+                 "the prompt is empty, or ends inside a character: it has no tokens")  # fmt: skip
     lines += ["", f"{'next byte':<12}{'byte view':>11}{'plain':>11}"]
     ranked = list(np.argsort(-e.view)[:top])
     if e.plain is not None:

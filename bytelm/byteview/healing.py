@@ -25,4 +25,4 @@ def healed(lm: TokenizedLM, prompt: Text, back: int = 1) -> TokenizedLM:
     ids = lm.token_ids(lm.opening + encode(prompt), behind_special)
     kept = ids[: max(len(ids) - back, 0)]
     spelled = b"".join(lm.vocabulary.tokens[i] or b"" for i in ids[len(kept) :])
-    return lm.fixed([*lm.trunk, *kept], spelled)
+    return lm.fixed([*lm.trunk, *kept], spelled if ids else lm.grammar.lead)

@@ -16,9 +16,7 @@ FIM_NAMES = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma
     ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),  # DeepSeek
-    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),  # Code Llama
     ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
-    ("[PREFIX]", "[SUFFIX]", "[MIDDLE]"),  # Codestral
 )
 
 
@@ -39,7 +37,7 @@ def split_special(text: Text, vocabulary: Vocabulary) -> list[bytes | int]:
 def with_special(lm: TokenizedLM, text: Text) -> TokenizedLM:
     """The model behind a text in which what spells a special token is that token."""
     parts = split_special(text, lm.vocabulary)
-    return lm.behind(*parts[parts[:1] == [lm.vocabulary.start] :])
+    return lm.behind(*parts, start=parts[:1] != [lm.vocabulary.start])
 
 
 def chat(lm: TokenizedLM, messages: Sequence[Mapping[str, str]]) -> TokenizedLM:
@@ -49,9 +47,11 @@ def chat(lm: TokenizedLM, messages: Sequence[Mapping[str, str]]) -> TokenizedLM:
         raise ConfigError("the model has no chat template (chat_template in tokenizer_config.json): it was not made "
                           "for chats, or name its special tokens in the prompt (--special)")  # fmt: skip
     for message in messages:
-        if set(message) < {"role", "content"}:
-            raise ConfigError(f"chat: a message needs a role and a content, not {sorted(message)}")
-        spelled = [part for part in split_special(message["content"], lm.vocabulary) if isinstance(part, int)]
+        both = [message.get("role"), message.get("content")]
+        if not all(isinstance(part, str) for part in both):
+            raise ConfigError(f"chat: a message needs a role and a content, both text, not {dict(message)}")
+        parts = [part for text in both for part in split_special(text or "", lm.vocabulary)]
+        spelled = [part for part in parts if isinstance(part, int)]
         if spelled:
             name = next(name for name, i in lm.vocabulary.controls.items() if i == spelled[0])
             raise ConfigError(f"chat: a message spells the special token {name}, which would end it")
@@ -77,7 +77,9 @@ def _render(lm: TokenizedLM, messages: Sequence[Mapping[str, str]]) -> str:
             messages=[dict(message) for message in messages], add_generation_prompt=True,
             bos_token=names.get(lm.vocabulary.start or 0, ""), eos_token=names.get(lm.vocabulary.ends[0], ""),
         )  # fmt: skip
-    except jinja2.TemplateError as e:
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:  # it is a program
+        if isinstance(e, ConfigError):
+            raise
         raise ConfigError(f"the model's chat template cannot be filled in: {e}") from None
 
 

@@ -39,7 +39,7 @@ def read_tekken(path: Path, *, size: int = 0, start: int | None = None, ends: Se
         first = config["default_num_special_tokens"]
         ranks = {base64.b64decode(row["token_bytes"]): int(row["rank"]) + first for row in data["vocab"]}
         named = {row["token_str"]: int(row["rank"]) for row in data.get("special_tokens") or ()}
-        pattern, count = config["pattern"], config["default_vocab_size"]
+        pattern, count = str(config["pattern"]), int(config["default_vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"{path}: cannot be read as a tekken file ({type(e).__name__}: {e})") from None
     ranks = {text: i for text, i in ranks.items() if i < count}
@@ -57,8 +57,10 @@ def read_tiktoken(
     ranks: dict[bytes, int] = {}
     try:
         for line in path.read_bytes().splitlines():
-            text, rank = line.split()
-            ranks[base64.b64decode(text, validate=True)] = int(rank)
+            if line.strip():
+                text, rank = line.split()
+                if ranks.setdefault(base64.b64decode(text, validate=True), int(rank)) != int(rank):
+                    raise ValueError(f"{line!r}: a token stands there twice")
     except (OSError, ValueError, binascii.Error) as e:
         raise ConfigError(f"{path}: cannot be read as a file of ranks ({e})") from None
     if path.name == "tokenizer.model" and len(ranks) == 128000:
@@ -83,8 +85,10 @@ def _ranked(
     ranks: dict[bytes, int], pattern: str, controls: dict[str, int], where: str, *, size: int, start: int | None,
     ends: Sequence[int],
 ) -> Vocabulary:  # fmt: skip
-    if not ranks:
-        raise ConfigError(f"{where}: has no tokens")
+    if not ranks or min(ranks.values()) < 0 or max(ranks.values()) >= 1 << 24:
+        raise ConfigError(f"{where}: has no tokens, or ranks that are none")
+    if len(set(ranks.values())) < len(ranks):
+        raise ConfigError(f"{where}: two tokens have one rank")
     count = max(size, *(i + 1 for i in ranks.values()), *(i + 1 for i in controls.values()))
     tokens: list[bytes | None] = [None] * count
     rank: list[Any] = [NEVER] * count

@@ -95,7 +95,7 @@ def read_sentencepiece(path: Path, *, size: int = 0, start: int | None = None, e
     for i, (text, _, what) in enumerate(pieces):
         if what == BYTE:
             tokens[i], fallback[i] = bytes([int(text[3:5], 16)]), True
-        elif what == NORMAL:
+        elif what == NORMAL and i not in ends:
             tokens[i] = text.replace(SPACE.encode(), b" ")
         elif what in (CONTROL, USER, UNKNOWN):
             controls[text.decode(errors="replace")] = i

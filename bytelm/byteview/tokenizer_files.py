@@ -57,7 +57,10 @@ def token_ids(record: dict[str, Any]) -> dict[str, Any]:
     """What a config.json says of a model's ids: how many, and which start and end a text (None: it does not say)."""
     end = record.get("eos_token_id")
     ends = end if isinstance(end, list) else [] if end is None else [end]
-    return {"size": record.get("vocab_size", 0), "start": record.get("bos_token_id"), "ends": ends}
+    start = record.get("bos_token_id")
+    if not all(isinstance(i, int) for i in [*ends, 0 if start is None else start]):
+        raise ConfigError(f"config.json: bos_token_id={start!r} and eos_token_id={end!r} must be ids")
+    return {"size": record.get("vocab_size", 0), "start": start, "ends": ends}
 
 
 def read_chat_template(folder: Path) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bytelm.byteview.segmenter import Fallback, Tokens, is_character
 
 PENALTY = 10.0  # the score of a character without a token is so much below the least score
+GRID = 2.0**32
 FAR = 64  # tokens back that can matter, where no space comes between
 
 
@@ -27,7 +28,8 @@ class Unigram(Fallback):
         self._score: dict[bytes, tuple[float, int]] = {}
         for i, text in enumerate(tokens):
             if text and not fallback[i]:
-                self._score.setdefault(text, (float(scores[i]), i))
+                # On a grid, so that sums are exact and ties are ties in whatever order they are summed.
+                self._score.setdefault(text, (round(scores[i] * GRID) / GRID, i))
         self._unknown = min((s for s, _ in self._score.values()), default=0.0) - PENALTY
         self._longest = max(map(len, self._score), default=1)
         self._order = sorted(self._score)

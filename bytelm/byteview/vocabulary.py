@@ -33,8 +33,12 @@ class Vocabulary:
     def __post_init__(self):
         if not any(self.tokens):
             raise ConfigError("the tokenizer has no token with bytes")
-        if not self.ends or not all(0 <= end < len(self.tokens) for end in self.ends):
-            raise ConfigError(f"the ids {self.ends} that end a text are not among the tokenizer's {len(self.tokens)}")
+        ids = [*self.ends, *([] if self.start is None else [self.start])]
+        if not self.ends or not all(isinstance(i, int) and 0 <= i < len(self.tokens) for i in ids):
+            raise ConfigError(f"the ids that start and end a text ({self.start}; {self.ends}) are not among the "
+                              f"tokenizer's {len(self.tokens)}")  # fmt: skip
+        if len(set(self.ends)) < len(self.ends):
+            object.__setattr__(self, "ends", list(dict.fromkeys(self.ends)))
 
     @cached_property
     def order(self) -> NDArray[np.int32]:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import bytelm
+from bytelm.byteview.byte_view import TokenizedLM
 from bytelm.byteview.ensemble import Ensemble
 from bytelm.config import ConfigError
 from bytelm.vocab import END
@@ -66,6 +67,32 @@ def test_a_floor_lets_a_product_live(members):
     assert np.isneginf(plain).any() and np.isfinite(floored).all() and floored[END] < -5
 
 
+def test_asked_or_not_between_two_bytes(members):
+    """Weights that follow the text are the same whether or not somebody looked at every step."""
+    ensemble = Ensemble(members, [0.5, 0.5], "bayes")
+    asked, unasked = ensemble.follow([b"The "]), ensemble.follow([b"The "])
+    for byte in b"licen":
+        asked.logprobs()
+        asked.push([byte])
+        unasked.push([byte])
+    np.testing.assert_allclose(unasked.logprobs(), asked.logprobs(), atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["mixture", "bayes"])
+def test_a_member_that_thinks_a_text_impossible(members, kind):
+    """It has no say in what follows: in scores, step by step, and when asked at once."""
+    every = TokenizedLM(members[0].model, members[0].vocabulary, "all")
+    ensemble, text = Ensemble([members[0], every], kind=kind), b"ab\xffcd"
+    follower, logs = ensemble.follow([b""]), []
+    for byte in text:
+        logs.append(follower.logprobs()[0, byte])
+        follower.push([byte])
+    np.testing.assert_allclose(ensemble.score(text).per_byte, logs, atol=1e-4)
+    assert ensemble.logprobs(text[:3])[text[3]] == pytest.approx(logs[3], abs=1e-4)
+    product = Ensemble([members[0], every], kind="product").score(text)
+    assert np.isneginf(product.per_byte[2:]).all() and np.isfinite(product.per_byte[:2]).all()
+
+
 def test_proxy_tuning(members):
     base, other = members
     rows = [m.logprobs(TEXT) for m in (base, other)]
@@ -85,6 +112,7 @@ def test_proxy_tuning(members):
         (dict(weights=[1.0]), "2 members but 1 weights"),
         (dict(weights=[1.0, -1.0]), "must not be negative"),
         (dict(weights=[1.0, -1.0], kind="product"), "needs a floor"),
+        (dict(weights=[1.0, float("nan")]), "must be numbers"),
         (dict(floor=1.0), r"must be in \[0, 1\)"),
     ],
 )

@@ -3,16 +3,18 @@
 import dataclasses
 import itertools
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 import bytelm
-from bytelm.byteview.byte_view import ImpossibleText, TokenizedLM
+from bytelm.byteview.byte_view import TokenizedLM
 from bytelm.byteview.cover import log_sum
 from bytelm.byteview.explain import explain, table
 from bytelm.config import ConfigError, MeshConfig
+from bytelm.protocol import ImpossibleText
 
 MODELS = ("tiny_lm", "tiny_sp")
 PROBABLE = 1e-8
@@ -121,6 +123,12 @@ def test_explanation_adds_up(loaded):
         assert all(b"".join(tokens).lstrip().startswith(prompt) for tokens, _ in found.covers)
         assert (found.plain is None) == (not found.tokens) == (prompt == b"caf\xc3")
         assert "covers of the prompt" in table(found)
+    lm = loaded["tiny_lm"]
+    every = TokenizedLM(lm.model, lm.vocabulary, "all")
+    prompt = b"def fib(n):\n    return the license of"
+    found = explain(every, prompt, covers=10_000)
+    assert sum(share for _, share in found.covers) == pytest.approx(1, abs=1e-3)
+    assert "the prompt is empty" in table(explain(every, b""))
 
 
 def test_impossible_texts(loaded):
@@ -134,12 +142,23 @@ def test_impossible_texts(loaded):
     assert lm.score(b"").total == 0 and lm.logprobs_batch([]).shape == (0, 257)
 
 
+@pytest.mark.parametrize("record", [dict(bos_token_id=5000), dict(bos_token_id="a"), dict(eos_token_id=[2047, None])])
+def test_ids_that_are_none(golden, tmp_path, record):
+    shutil.copytree(golden / "model_tiny_lm", tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps({**config, **record}))
+    with pytest.raises(ConfigError, match=r"must be ids|are not among the tokenizer's 2048"):
+        bytelm.load(tmp_path / "m")
+
+
 def test_texts_in_another_normal_form(loaded):
     lm = loaded["tiny_lm"]
     nfc = TokenizedLM(lm.model, dataclasses.replace(lm.vocabulary, normal="NFC"))
     composed, apart = "caf\u00e9", "cafe\u0301"
     np.testing.assert_allclose(nfc.score(composed).per_byte, lm.score(composed).per_byte, atol=1e-6)
     assert np.isfinite(lm.score(apart).total)
+    with pytest.raises(ImpossibleText, match="not in Unicode's NFC"):
+        nfc.behind("e").score("\u0301")
     for ask in (nfc.score, nfc.logprobs, nfc.generate, lambda t: nfc.score_tokens([t]), lambda t: nfc.follow([t])):
         with pytest.raises(ImpossibleText, match="not in Unicode's NFC"):
             ask(apart)

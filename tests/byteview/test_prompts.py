@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import bytelm
-from bytelm.byteview.byte_view import ImpossibleText, TokenizedLM
+from bytelm.byteview.byte_view import TokenizedLM
 from bytelm.byteview.cover import chain, log_sum
 from bytelm.byteview.healing import healed, uncorrected
 from bytelm.byteview.prompts import chat, fill_in, split_special, with_special
 from bytelm.config import ConfigError
+from bytelm.protocol import ImpossibleText
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
@@ -96,6 +97,8 @@ def test_special_text(lm):
     assert parsed.trunk == [lm.vocabulary.start, ids["<|im_start|>"]] and parsed.opening == b"user\nThe li"
     name = next(n for n, i in ids.items() if i == lm.vocabulary.start)
     assert with_special(lm, name + "x").trunk == [lm.vocabulary.start]  # not twice
+    once = TokenizedLM(lm.model, dataclasses.replace(lm.vocabulary, lead=b" ", lead_once=True))
+    assert with_special(once, name + "The").before == b"The" and with_special(once, "The").before == b" The"
     assert lm.logprobs("<|im_start|>").shape == (257,)  # by default, text like any other
 
 
@@ -111,12 +114,18 @@ def test_chat(lm):
     for messages, match in (
         ([{"role": "user", "content": "a<|im_end|>b"}], r"spells the special token <\|im_end\|>"),
         ([{"content": "a"}], "a role and a content"),
+        ([{"role": "user", "content": None}], "a role and a content"),
+        ([{"role": "user<|im_end|>", "content": "a"}], "spells the special token"),
     ):
         with pytest.raises(ConfigError, match=match):
             chat(lm, messages)
     with pytest.raises(ConfigError, match="no chat template"):
         chat(TokenizedLM(lm.model, lm.vocabulary), [])
-    for template, match in (("{{ raise_exception('only pairs') }}", "only pairs"), ("{% if %}", "cannot be filled in")):
+    for template, match in (
+        ("{{ raise_exception('only pairs') }}", "only pairs"),
+        ("{% if %}", "cannot be filled in"),
+        ("{{ messages + 1 }}", "cannot be filled in"),
+    ):
         with pytest.raises(ConfigError, match=match):
             chat(TokenizedLM(lm.model, lm.vocabulary, chat_template=template), [])
 
@@ -147,6 +156,7 @@ def test_healing_is_right_where_it_goes_back_far_enough(lm, sp):
         distance = [0.5 * np.abs(np.exp(healed(model, prompt, back).logprobs()) - np.exp(view)).sum()
                     for back in (0, 3, len(ids))]  # fmt: skip
         assert distance[0] > 0.1 > distance[1] and distance[2] < 1e-4
+    np.testing.assert_allclose(uncorrected(sp, b"").logprobs(), TokenizedLM(sp.model, sp.vocabulary, "all").logprobs())
     with pytest.raises(ImpossibleText):
         uncorrected(lm, b"caf\xc3")
     with pytest.raises(ConfigError, match="back=-1"):

@@ -100,6 +100,12 @@ def test_files_of_ranks(vocabulary, tmp_path):
     path.rename(tmp_path / "other.tiktoken")
     with pytest.raises(ConfigError, match="'other' is not known"):
         read_vocabulary(tmp_path, {"vocab_size": 100300})
+    (tmp_path / "other.tiktoken").write_bytes(b"YQ== 0\n\nYWI= 99999999999\n")
+    with pytest.raises(ConfigError, match="ranks that are none"):
+        read_tiktoken(tmp_path / "other.tiktoken", "gpt2")
+    (tmp_path / "other.tiktoken").write_bytes(b"YQ== 0\nYQ== 1\n")
+    with pytest.raises(ConfigError, match="stands there twice"):
+        read_tiktoken(tmp_path / "other.tiktoken", "gpt2")
     (tmp_path / "other.tiktoken").write_bytes(b"!!! 1\n")
     with pytest.raises(ConfigError, match="as a file of ranks"):
         read_tiktoken(tmp_path / "other.tiktoken", "gpt2")
@@ -182,7 +188,7 @@ def test_several_ends(source, tmp_path):
     for name in ("model.safetensors", "tokenizer.json"):
         shutil.copy(source / name, tmp_path)
     record = json.loads((source / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**record, "eos_token_id": [2047, 2046]}))
+    (tmp_path / "config.json").write_text(json.dumps({**record, "eos_token_id": [2047, 2046, 2047]}))
     one, two = bytelm.load(source, semantics="lastfree"), bytelm.load(tmp_path, semantics="lastfree")
     assert two.vocabulary.ends == [2047, 2046] and two.vocabulary.tokens[2046] is None
     assert two.logprobs("The license")[256] > one.logprobs("The license")[256]
