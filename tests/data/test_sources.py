@@ -93,7 +93,7 @@ def test_bundled_corpus_is_the_known_file(files):
         ("deep.jsonl", b"[" * 100000, r"deep.jsonl:1: not a JSON record"),
         ("list.jsonl", b"[1]\n", r"list.jsonl:1: no string field"),
         ("half.jsonl", b'{"text": "\\ud800"}\n', r"half.jsonl:1: character 0 of 'text' is a lone surrogate"),
-        ("cut.txt.gz", gzip.compress(b"x" * 1000)[:-9], r"cut.txt.gz: damaged"),
+        ("cut.txt.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], r"cut.txt.gz: damaged"),
         ("no.txt.gz", b"plain text", r"no.txt.gz: damaged or not what its name says"),
         ("no.txt.zst", b"plain text", r"no.txt.zst: damaged"),
         ("no.txt.xz", b"plain text", r"no.txt.xz: damaged"),
