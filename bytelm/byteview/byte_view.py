@@ -243,7 +243,11 @@ class TokenizedLM(ByteLM):
         return _dead_from_the_first(logs)
 
     def _score_by_bytes(self, text: bytes, scored: int) -> NDArray[np.float64]:
-        follower, logs = self.follow([text[:scored]]), np.full(len(text) - scored, -np.inf)
+        logs = np.full(len(text) - scored, -np.inf)
+        try:
+            follower = self.follow([text[:scored]])
+        except ImpossibleText:
+            return logs
         for n, byte in enumerate(text[scored:]):
             logs[n] = follower.logprobs()[0, byte]
             if not np.isfinite(logs[n]):
