@@ -78,3 +78,12 @@ def test_files_stay_readable(root):
     for path in (root / "bytelm").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, path
         assert path.stem not in ("utils", "helpers", "common")
+
+
+def test_scripts_are_python(root):
+    """Commands without an ending, which linters pass over, can be read."""
+    found = [p for folder in ("benchmarks", "scripts") for p in (root / folder).iterdir() if p.is_file()]
+    python = [p for p in found if p.read_text().startswith("#!/usr/bin/env python3")]
+    assert len(python) > 8
+    for path in python:
+        compile(path.read_text(), str(path), "exec")
