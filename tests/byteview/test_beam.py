@@ -94,6 +94,7 @@ def test_nodes_that_wait(golden, loaded, semantics, skip):
     assert worst > 0 and exact.bounds()[0] == 0
 
 
+@pytest.mark.slow
 def test_tokens_have_the_law_of_bytes(loaded):
     lm = loaded["tiny_lm"]
     prompt, drawn = b"under the li", collections.Counter()
