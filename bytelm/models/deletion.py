@@ -129,7 +129,7 @@ def capacity_slots(config: DeletionConfig, row: int, multiple: int = 8) -> int:
     return min(-(-math.ceil(share * row) // multiple) * multiple, row)
 
 
-def slot_sizes(row: int, count: int = 32, multiple: int = 8) -> Sequence[int]:
+def slot_sizes(row: int, count: int = 64, multiple: int = 8) -> Sequence[int]:
     """The few numbers of slots that exact compaction compiles for, rising up to the whole row."""
     step = max(-(-row // count), 1)
     step = -(-step // multiple) * multiple

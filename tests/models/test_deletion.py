@@ -124,5 +124,5 @@ def test_slots_of_training_and_of_exact_compaction():
     for row in (7, 64, 100, 1024):
         sizes = slot_sizes(row)
         assert sizes[-1] == row
-        assert len(sizes) <= 33
+        assert len(sizes) <= 65
         assert sizes == sorted(sizes)
