@@ -43,6 +43,18 @@ class Rereading(Follower):
                 self._texts[i] += bytes([symbol])
 
 
+def score_steps(follower: Follower, text: bytes) -> NDArray[np.float64]:
+    """ln p of each byte of a text behind what the follower's one text is so far, [n]: byte by byte, -inf from the first
+    impossible byte on."""
+    logs = np.full(len(text), -np.inf)
+    for n, byte in enumerate(text):
+        logs[n] = follower.logprobs()[0, byte]
+        if not np.isfinite(logs[n]):
+            break
+        follower.push([byte])
+    return logs
+
+
 def choose(logs: NDArray[np.float64], sampling: Sampling, rng: np.random.Generator) -> int:
     """Draws a symbol: top_k first, then top_p of what is left, keeping the symbol that crosses p."""
     if sampling.temperature == 0:

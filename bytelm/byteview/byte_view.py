@@ -15,6 +15,7 @@ from bytelm.byteview.token_model import Session, TokenModel
 from bytelm.byteview.token_sampling import draw_tokens
 from bytelm.byteview.vocabulary import Vocabulary
 from bytelm.config import ConfigError
+from bytelm.following import score_steps
 from bytelm.generate import Sampling
 from bytelm.protocol import ByteLM, ImpossibleText, Score, Text, in_context, no_inputs
 from bytelm.vocab import END, complete_prefix, encode
@@ -243,17 +244,10 @@ class TokenizedLM(ByteLM):
         return _dead_from_the_first(logs)
 
     def _score_by_bytes(self, text: bytes, scored: int) -> NDArray[np.float64]:
-        logs = np.full(len(text) - scored, -np.inf)
         try:
-            follower = self.follow([text[:scored]])
+            return score_steps(self.follow([text[:scored]]), text[scored:])
         except ImpossibleText:
-            return logs
-        for n, byte in enumerate(text[scored:]):
-            logs[n] = follower.logprobs()[0, byte]
-            if not np.isfinite(logs[n]):
-                break
-            follower.push([byte])
-        return logs
+            return np.full(len(text) - scored, -np.inf)
 
     def score_tokens(self, texts: Sequence[Text]) -> list[float]:
         """ln p of the tokens that the tokenizer makes of each text, as token models are usually scored: in windows of

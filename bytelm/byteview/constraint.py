@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bytelm.config import ConfigError
-from bytelm.following import Follower
+from bytelm.following import Follower, score_steps
 from bytelm.protocol import ByteLM, Score, Text, in_context
 from bytelm.vocab import END, encode
 
@@ -77,13 +77,7 @@ class Constrained(ByteLM):
             raise ConfigError("window: a constrained model is scored byte by byte, over the whole text")
         out = []
         for n, (context, text) in enumerate(in_context(texts, contexts)):
-            logs = np.full(len(text), -np.inf)
-            follower = self.follow([context], inputs=None if inputs is None else [inputs[n]])
-            for i, byte in enumerate(text):
-                logs[i] = follower.logprobs()[0, byte]
-                if not np.isfinite(logs[i]):
-                    break
-                follower.push([byte])
+            logs = score_steps(self.follow([context], inputs=None if inputs is None else [inputs[n]]), text)
             out.append(Score(float(logs.sum()), logs))
         return out
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bytelm.config import ConfigError
-from bytelm.following import Follower
+from bytelm.following import Follower, score_steps
 from bytelm.protocol import ByteLM, ImpossibleText, Score, Text, in_context
 from bytelm.vocab import END
 
@@ -125,13 +125,7 @@ class Ensemble(ByteLM):
         out = []
         for n, (context, text) in enumerate(in_context(texts, contexts)):
             one = None if inputs is None else [inputs[n]]
-            follower, logs = self.follow([context], inputs=one), []
-            for byte in text:
-                logs.append(follower.logprobs()[0, byte])
-                if not np.isfinite(logs[-1]):
-                    break
-                follower.push([byte])
-            per_byte = np.array(logs + [-np.inf] * (len(text) - len(logs)), np.float64)
+            per_byte = score_steps(self.follow([context], inputs=one), text)
             out.append(Score(float(per_byte.sum()), per_byte))
         return out
 
