@@ -160,29 +160,31 @@ class TokenizedLM(ByteLM):
 
     def refusal(self, text: bytes) -> ValueError:
         """What is wrong with a text that the covers do not spell: ImpossibleText, or that the beam has lost it."""
-        spelled = Tree(self.grammar, "lastfree", self.trunk)
-        for byte in self.before + text:
-            spelled.push(byte)
-        if self.semantics == "all" and spelled.possible():
+        if self.semantics == "all" and self._stuck(text) is None:
             return ConfigError(f"beam={self.beam}: none of the strings of tokens that were kept spells the text: "
                                "widen it")  # fmt: skip
         return ImpossibleText(self.why(text))
 
     def why(self, text: bytes) -> str:
         """Why no text of the tokenizer begins with these bytes."""
-        tree, end = Tree(self.grammar, "lastfree" if self.semantics == "all" else self.semantics, self.trunk), 0
-        for n, byte in enumerate(self.before + text, 1 - len(self.before)):
-            tree.push(byte)
-            if not tree.possible():
-                end = n
-                break
-        if end < 1:
+        place = self._stuck(text)
+        if place is None or place < 0:
             return "no text of this tokenizer begins with these bytes, or with what stands before them"
         return (
-            f"no text of this tokenizer begins with these bytes: nothing spells byte 0x{text[end - 1]:02X} at offset "
-            f"{end - 1} (bytes that are no UTF-8, or a character that its tokens cannot write, have probability 0 "
+            f"no text of this tokenizer begins with these bytes: nothing spells byte 0x{text[place]:02X} at offset "
+            f"{place} (bytes that are no UTF-8, or a character that its tokens cannot write, have probability 0 "
             f"under semantics={self.semantics})"
         )
+
+    def _stuck(self, text: bytes) -> int | None:
+        """Offset of the first byte that nothing spells, below 0 in what stands before the text; None: all is spelled.
+        Under semantics all the interior of covers is tested too: a tree of all of them would be exponential."""
+        tree = Tree(self.grammar, "lastfree" if self.semantics == "all" else self.semantics, self.trunk)
+        for place, byte in enumerate(self.before + text, -len(self.before)):
+            tree.push(byte)
+            if not tree.possible():
+                return place
+        return None
 
     # Scores.
 

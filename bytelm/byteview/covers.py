@@ -33,16 +33,18 @@ class Covers(Follower):
             self._from[i] = lm.seen_from(self._texts[i]) if lm.slides else 0
         texts = {i: self._texts[i][self._from[i] :] for i in which}
         if not lazy:
-            self.trees = [lm.tree(texts[i], i) if i in texts else tree for i, tree in enumerate(self.trees)]
+            for i, text in texts.items():
+                self.trees[i] = lm.tree(text, i)
             return
+        texts = {i: lm.before + text for i, text in texts.items()}
         eager, options = lm.semantics != "all", dict(skip=self._skip, beam=lm.beam)
         new = {i: LazyTree(lm.grammar, lm.semantics, lm.trunk, i, eager=eager, **options) for i in texts}
-        for n in range(max((len(lm.before + text) for text in texts.values()), default=0)):
-            growing = {i: tree for i, tree in new.items() if n < len(lm.before + texts[i])}
+        for n in range(max(map(len, texts.values()), default=0)):
+            growing = {i: tree for i, tree in new.items() if n < len(texts[i])}
             if not eager:
                 self._settle(list(growing.values()))
             for i, tree in growing.items():
-                gone = tree.push((lm.before + texts[i])[n])
+                gone = tree.push(texts[i][n])
                 self.session.forget([] if eager else tree.drop(gone))
         if eager:
             lm.read(self.session, list(new.values()))
