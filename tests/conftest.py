@@ -1,5 +1,6 @@
 """Eight fake CPU devices, a compilation cache, runtime type checks of every annotated bytelm function."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -32,6 +33,19 @@ if not flags.FLAGS.is_parsed():
 ocp.type_handlers.get_type_handler(jax.Array)._use_replica_parallel = False
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+MAPS = Path("/proc/self/maps")  # there is one on Linux
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs():
+    """Forgets compiled programs before a process has more memory maps than Linux allows (65,530, a dozen or so for each
+    program): XLA ends the process there."""
+    yield
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
