@@ -11,7 +11,7 @@ import jax
 
 from bytelm.config import Config, FlatConfig, StackConfig, T5Config, parse_layout
 from bytelm.data.seq2seq import target_length
-from bytelm.models.flops import trained_kept
+from bytelm.models.flops import trained_kept, unit_stacks
 from bytelm.parallel.mesh import to_spec
 from bytelm.parallel.rules import logical_axes, path_string, where_divided
 from bytelm.train.step import is_cast
@@ -64,11 +64,7 @@ def _tensor_sums(config: Config, slots: tuple[int, ...]) -> float:
         behind = model.encoder_layers - model.first_layers
         encoder = 2 * (model.first_layers * t + behind * trained_kept(model, {}) * t)
         return 2.0 * model.d_model * (encoder + 3 * model.decoder_layers * targets)
-    total = 0.0
-    for stage, elements in enumerate((config.data.seq_len, *slots)):
-        parts = ("encoder", "decoder") if stage < model.levels else ("main",)
-        total += sum(_stack_sums(model.stack(stage, part), elements) for part in parts)
-    return total
+    return sum(_stack_sums(stack, elements) for stack, elements in unit_stacks(model, config.data.seq_len, slots))
 
 
 def _stack_sums(stack: StackConfig, elements: int) -> float:

@@ -2,7 +2,8 @@
 
 A config is data: numbers, strings, booleans, tuples. Checks in `__post_init__` name the field, its value and the fix.
 `bytelm/codec.py` reads and writes them as strict YAML; tyro puts a command line over them (the comment beside a field
-is its help text). Those of the networks stand in `bytelm/model_config.py`.
+is its help text). Those of the networks stand in `model_config.py`
+and `hierarchical_config.py`.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bytelm.hierarchical_config import HATConfig, MegaByteConfig, SpaceByteConfig
 from bytelm.model_config import (
     ArchLayout,
     CapacityConfig,
@@ -18,7 +20,6 @@ from bytelm.model_config import (
     DType,
     FlatConfig,
     HNetConfig,
-    ModelConfig,
     Remat,
     SSMConfig,
     StackConfig,
@@ -31,9 +32,25 @@ from bytelm.model_config import (
 __all__ = [
     "ArchLayout", "CapacityConfig", "CheckpointConfig", "Config", "ConfigError", "DType", "DataConfig",
     "DeletionConfig", "EvalConfig",
-    "FlatConfig", "HNetConfig", "HostsConfig", "MeshConfig", "ModelConfig", "OptimConfig", "Remat", "SSMConfig",
-    "StackConfig", "T5Config", "TrainConfig", "parse_arch_layout", "parse_layout",
+    "FlatConfig", "HATConfig", "HNetConfig", "HostsConfig", "MegaByteConfig", "MeshConfig", "ModelConfig",
+    "OptimConfig", "Remat", "SSMConfig",
+    "SpaceByteConfig", "StackConfig", "T5Config", "TrainConfig", "UnitConfig", "parse_arch_layout", "parse_layout",
+    "remat_field",
 ]  # fmt: skip
+
+UnitConfig = HNetConfig | HATConfig | SpaceByteConfig | MegaByteConfig  # families that cut rows into units, in slots
+ModelConfig = FlatConfig | HNetConfig | T5Config | HATConfig | SpaceByteConfig | MegaByteConfig
+
+
+def remat_field(model: ModelConfig) -> tuple[str, Remat]:
+    """Name and value of the field that says what the largest part of a model recomputes."""
+    if isinstance(model, (HNetConfig, T5Config)):
+        return "model.remat", model.remat
+    if isinstance(model, FlatConfig):
+        return "model.stack.remat", model.stack.remat
+    if isinstance(model, HATConfig):
+        return "model.backbone.remat", model.backbone.remat
+    return "model.main.remat", model.main.remat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +131,14 @@ class OptimConfig:
     eps: float = 1.0e-8  # Adam's epsilon
     weight_decay: float = 0.1  # decoupled weight decay
     decay: Literal["patterns", "hnet_reference"] = "patterns"  # what decays: all but no_decay; or as H-Net's code does
-    no_decay: tuple[str, ...] = (r"norm", r"bias$", r"A_log$", r"/D$", r"embed", r"pad$")  # paths (regex) without decay
+    no_decay: tuple[str, ...] = (
+        r"norm",
+        r"bias$",
+        r"A_log$",
+        r"/D$",
+        r"embed|positions|ranks|offsets|query|first_",
+        r"pad$",
+    )  # paths (regex) without decay
     clip_norm: float = 1.0  # global gradient norm limit; 0 = none
     lr_multipliers: tuple[tuple[str, float], ...] = ()  # (path regex, factor): first match scales that parameter's rate
 

@@ -61,7 +61,11 @@ class StackConfig:
     window: int = 0  # keys that a query sees, itself included; 0 = all
     rope_dim: int = 0  # rotated features per head; 0 = head_dim
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    norm_eps: float = 1.0e-5  # epsilon of every RMSNorm
+    rope_stretch: tuple[float, ...] = ()  # Llama 3's rotary scaling: factor, low, high, original context; empty = none
+    norm: Literal["rms", "layer"] = "rms"  # norms in front of blocks: RMSNorm, or LayerNorm without a bias
+    norm_eps: float = 1.0e-5  # epsilon of every norm
+    qk_norm: Literal["none", "head", "all"] = "none"  # norm queries and keys: each head by itself, or all together
+    mlp: Literal["swiglu", "relu"] = "swiglu"  # SwiGLU, or one hidden layer with ReLU
     ssm: SSMConfig = field(default_factory=SSMConfig)  # shape of the Mamba-2 blocks
     attention: Literal["auto", "xla", "cudnn"] = "auto"  # kernel of full attention; auto: cudnn on GPU where it can
     scan_layers: bool = True  # run a run of equal blocks as one scan (fast compile, small memory) or unrolled
@@ -73,6 +77,10 @@ class StackConfig:
             require(getattr(self, name) >= 1, f"stack.{name}={getattr(self, name)}: must be at least 1")
         for name in ("num_kv_heads", "head_dim", "d_mlp", "window", "rope_dim"):
             require(getattr(self, name) >= 0, f"stack.{name}={getattr(self, name)}: must not be negative")
+        require(
+            len(self.rope_stretch) in (0, 4),
+            f"stack.rope_stretch={self.rope_stretch}: give factor, low and high frequency factor, original context",
+        )
         if any(kind in "tT" for kind, _ in runs):
             require(
                 self.head_dim > 0 or self.d_model % self.num_heads == 0,
@@ -372,6 +380,3 @@ class T5Config:
     def first_layers(self) -> int:
         """Encoder blocks that see every byte."""
         return self.encoder_layers if self.deletion.kind == "none" else self.deletion.layer
-
-
-ModelConfig = FlatConfig | HNetConfig | T5Config

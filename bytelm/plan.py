@@ -8,12 +8,30 @@ from typing import Any
 
 import jax
 
-from bytelm.config import Config, ConfigError, FlatConfig, HNetConfig, StackConfig, T5Config, parse_layout
+from bytelm.config import (
+    Config,
+    ConfigError,
+    FlatConfig,
+    HATConfig,
+    HNetConfig,
+    StackConfig,
+    T5Config,
+    UnitConfig,
+    parse_layout,
+    remat_field,
+)
 from bytelm.data.seq2seq import target_length
 from bytelm.devices import CHIPS, Chip
 from bytelm.models.build import count_parameters, structure
 from bytelm.models.deletion import capacity_slots
-from bytelm.models.flops import TRAIN_FACTOR, forward_flops, t5_flops, target_bytes_per_chunk, trained_kept
+from bytelm.models.flops import (
+    TRAIN_FACTOR,
+    forward_flops,
+    t5_flops,
+    target_bytes_per_chunk,
+    trained_kept,
+    unit_stacks,
+)
 from bytelm.models.hnet_recipe import stage_of
 from bytelm.nn.relative import QUERY_BLOCK
 from bytelm.parallel.mesh import AXES, to_spec
@@ -55,7 +73,7 @@ def make_plan(config: Config, devices: int = 0, chip: str = "", bytes_per_chunk:
     if chip and chip not in CHIPS:
         raise ConfigError(f"--chip {chip}: choose one of {', '.join(CHIPS)}")
     model, t = config.model, config.data.seq_len
-    targets = target_bytes_per_chunk(model) if isinstance(model, HNetConfig) else ()
+    targets = target_bytes_per_chunk(model)
     rising = all(1 <= a <= b < math.inf for a, b in zip((1.0, *bytes_per_chunk), bytes_per_chunk))
     if bytes_per_chunk and (len(bytes_per_chunk) != len(targets) or not rising):
         raise ConfigError(
@@ -150,23 +168,24 @@ def _memory(config: Config, params: Any, mesh: dict[str, int], slots: tuple[int,
                                                   mesh["tensor"])  # fmt: skip
         positions, vocabulary = rows * target_length(config.data), config.model.vocabulary
     else:
-        activations = rows * _hnet_activation_bytes(config, slots, width, mesh["tensor"])
+        activations = rows * _unit_activation_bytes(config, slots, width, mesh["tensor"])
     memory["activations (estimate)"] = activations
     memory["logits and their gradient"] = positions * vocabulary * 4 * 2
     return memory
 
 
-def _hnet_activation_bytes(config: Config, slots: tuple[int, ...], width: int, tensor: int) -> float:
+def _unit_activation_bytes(config: Config, slots: tuple[int, ...], width: int, tensor: int) -> float:
     """Bytes kept per row between forward and backward, all stages at their slots."""
-    model = config.model
-    assert isinstance(model, HNetConfig)
-    total = 0.0
-    for s, elements in enumerate((config.data.seq_len, *slots)):
-        inside = s < model.levels
-        for part in ("encoder", "decoder") if inside else ("main",):
-            total += elements * _activation_bytes(model.stack(s, part), elements, width, tensor)
-        if inside:  # the router's query and key and their norms, residual, encoder output, smoothed and put back
-            total += elements * model.d_model[s] * (4 * 7 + 2 * width)
+    model, t = config.model, config.data.seq_len
+    assert isinstance(model, UnitConfig)
+    stacks = unit_stacks(model, t, slots)
+    total = sum(elements * _activation_bytes(stack, elements, width, tensor) for stack, elements in stacks)
+    if isinstance(model, HNetConfig):
+        # The router's query and key and their norms, residual, encoder output, smoothed and put back.
+        stages = zip((t, *slots), model.d_model[: model.levels])
+        total += sum(elements * d * (4 * 7 + 2 * width) for elements, d in stages)
+    elif isinstance(model, HATConfig):  # keys, values and weighted values of the pooling; each layer's guide put back
+        total += t * model.backbone.d_model * 3 * 4 + t * model.decoder.d_model * 4
     return total
 
 
@@ -288,7 +307,7 @@ def explain_out_of_memory(config: Config, said: str, devices: int) -> str:
         lines.append(f"By formula one device of {devices} holds (bytelm plan says more):")
         lines += [f"  {use:<28}{size / 2**30:>10.3f} GiB" for use, size in memory.items()]
     rows = config.data.batch_size // config.train.grad_accum
-    remat = "model.stack.remat" if isinstance(config.model, FlatConfig) else "model.remat"
+    remat, _ = remat_field(config.model)
     advice = [
         f"rows at a time: --train.grad-accum {2 * config.train.grad_accum} (now {rows} rows together), or a smaller "
         f"--data.batch-size (now {config.data.batch_size})",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bytelm.communication import PURPOSES, bytes_per_step
-from bytelm.config import Config, FlatConfig
+from bytelm.config import Config, remat_field
 from bytelm.devices import CHIPS, Chip
 from bytelm.models.build import structure
 from bytelm.models.flops import TRAIN_FACTOR
@@ -118,14 +118,13 @@ def _seconds(
 def _advice(config: Config, made: PodPlan, cache: Path) -> list[str]:
     """Three things to try, and the largest batch that fits, confirmed by a compilation."""
     accum, mesh = config.train.grad_accum, made.plan.mesh
-    flat = isinstance(config.model, FlatConfig)
-    remat = config.model.stack.remat if isinstance(config.model, FlatConfig) else config.model.remat
+    remat_name, remat = remat_field(config.model)
     rows = config.data.batch_size // (mesh["data"] * mesh["fsdp"] * accum)
     out = []
     if rows > 1:
         out.append(f"--train.grad-accum {2 * accum}: {rows} rows at a time on a chip become {rows // 2}")
     if remat != "full":
-        out.append(f"--{'model.stack.remat' if flat else 'model.remat'} full (now {remat}): recompute more")
+        out.append(f"--{remat_name} full (now {remat}): recompute more")
     if config.model.dtype == "float32":
         out.append("--model.dtype bfloat16: half the bytes of what is kept")
     if mesh["data"] > made.topology.slices:

@@ -15,9 +15,13 @@ from bytelm.config import (
     DeletionConfig,
     EvalConfig,
     FlatConfig,
+    HATConfig,
     HNetConfig,
+    MegaByteConfig,
     MeshConfig,
+    ModelConfig,
     OptimConfig,
+    SpaceByteConfig,
     SSMConfig,
     StackConfig,
     T5Config,
@@ -42,11 +46,36 @@ def hnet(levels: int = 2, **fields) -> HNetConfig:
     return HNetConfig(**{**shape, "num_heads": (4,), "d_mlp": (64,), "ssm": SSM, "capacity": capacity, **fields})
 
 
+def hat(**fields) -> HATConfig:
+    """A tiny HAT whose heads divide by 4; a window, fewer key than query heads, norms of queries and keys."""
+    local = StackConfig(layout="T2", d_model=32, num_heads=4, d_mlp=48, window=9)
+    main = StackConfig(layout="T2", d_model=48, num_heads=4, d_mlp=64, qk_norm="head")
+    shape = dict(encoder=local, backbone=main, decoder=local, pool_heads=4, pool_norm="all", guide_heads=4, max_word=12)
+    return HATConfig(**{**shape, "capacity": CapacityConfig(start=(1.0,), every=0, multiple=4), **fields})
+
+
+SLAGLE = dict(norm="layer", qk_norm="head", mlp="relu", num_heads=4)
+
+
+def spacebyte(**fields) -> SpaceByteConfig:
+    local = StackConfig(layout="T1", d_model=32, d_mlp=64, window=9, **SLAGLE)
+    main = StackConfig(layout="T2", d_model=64, d_mlp=64, **SLAGLE)
+    capacity = CapacityConfig(start=(1.0,), every=0, multiple=4)
+    return SpaceByteConfig(**{**dict(initial=local, main=main, final=local, capacity=capacity), **fields})
+
+
+def megabyte(**fields) -> MegaByteConfig:
+    local = StackConfig(layout="T1", d_model=32, d_mlp=64, **SLAGLE)
+    main = StackConfig(layout="T2", d_model=64, d_mlp=64, **SLAGLE)
+    capacity = CapacityConfig(start=(1.0,), every=0, multiple=4)
+    return MegaByteConfig(**{**dict(patch=4, main=main, local=local, capacity=capacity), **fields})
+
+
 def flat(stack: StackConfig = HYBRID, **fields) -> FlatConfig:
     return FlatConfig(stack=stack, **fields)
 
 
-def network(config: FlatConfig | HNetConfig | T5Config, seed: int = 0, scale: float = 5.0):
+def network(config: ModelConfig, seed: int = 0, scale: float = 5.0):
     """A network with larger weights than fresh ones and norms and biases off 1 and 0, so that every path matters."""
     graph, _ = structure(config)
     params = init_params(config, jax.random.key(seed))

@@ -27,10 +27,11 @@ from bytelm.data.prepared import is_prepared
 from bytelm.data.readers import DataError
 from bytelm.data.seq2seq import Examples, make_row, target_length, training_examples
 from bytelm.data.sources import open_corpus, split_validation
+from bytelm.data.words import WordRule
 from bytelm.vocab import ByteIds
 
 # inputs, targets, segments (0 is padding), pieces (which piece of the text a position is of): each [b, t]; for
-# encoder-decoder models also source [b, s]
+# encoder-decoder models also source [b, s], for models of words marks [b, t]
 Batch = dict[str, NDArray[np.int32]]
 
 
@@ -67,11 +68,11 @@ def _piece(config: DataConfig) -> int:
     return config.seq_len if config.packing == "best_fit" else config.piece_length
 
 
-def cut(sources: list[Corpus], config: DataConfig, ids: ByteIds) -> list[Pieces]:
-    """The pieces of each source, numbered through."""
+def cut(sources: list[Corpus], config: DataConfig, ids: ByteIds, words: WordRule | None = None) -> list[Pieces]:
+    """The pieces of each source, numbered through; with the marks of `words`."""
     pieces: list[Pieces] = []
     for corpus in sources:
-        pieces.append(Pieces(corpus, _piece(config), ids, sum(map(len, pieces)), config.cache_dir))
+        pieces.append(Pieces(corpus, _piece(config), ids, sum(map(len, pieces)), config.cache_dir, words))
     return pieces
 
 
@@ -155,7 +156,7 @@ class _StreamRowsIterator(grain.DatasetIterator):
         self._turn = (self._turn + 1) % len(self._iterators)
         row = next(iterator)
         if "columns" in row:
-            columns = dict(zip(("inputs", "targets", "pieces"), row["columns"].T))
+            columns = dict(zip(("inputs", "targets", "pieces", "marks"), row["columns"].T))
             row = {**columns, "segments": row["columns_segment_ids"].astype(np.int32)}
         return {"row": row, "stream": stream, "state": json.dumps(iterator.get_state())}
 
@@ -180,8 +181,10 @@ class Batches:
         seed: int,
         state: dict[str, Any] | None = None,
         rows: Sequence[int] | None = None,
+        words: WordRule | None = None,
     ):
-        """`rows`: which rows of each batch to yield, in this order (several processes share them); None = all.
+        """`rows`: which rows of each batch to yield, in this order (several processes share them); None = all. `words`:
+        how to mark words, for a model that needs it.
 
         Raises ConfigError when the state was saved with another number of streams or the rows split a stream.
         """
@@ -222,7 +225,7 @@ class Batches:
         saved = state["streams"] if state else [None] * shards
         self._states = {stream: saved[stream] for stream in mine}
         text = config.task == "text"
-        self._pieces = cut(sources, config, ids) if text else training_examples(sources, config)
+        self._pieces = cut(sources, config, ids, words) if text else training_examples(sources, config)
         self._rows = _start(StreamRows(records(self._pieces, config, seed), config, mine, dict(self._states)), config)
         self._count, self._workers = len(rows), config.workers
 

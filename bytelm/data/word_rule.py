@@ -61,6 +61,9 @@ def _pair_table() -> NDArray[np.bool_]:
 
 
 _PAIR = _pair_table()
+# What a mark says of a byte: a word begins at it; one does by the rule without look-ahead; and in the bits above, how
+# many of these, up to this byte, a reader of it cannot know of yet: those whose first character is not whole.
+START, CAUSAL_START, UNKNOWN_SHIFT = 1, 2, 2
 # Kinds of pieces. A piece's kind decides whether it stays with the next one.
 ONE_SPACE, WHITE, MARK, WORD = range(4)  # exactly one U+0020; other white space or an invalid byte; one \p{P}; the rest
 _JOINS = np.zeros((4, 4), bool)
@@ -161,7 +164,7 @@ def _first_look(first: NDArray[np.uint16]) -> NDArray[np.int64]:
 
 
 State = tuple[int, int, int, int, int]  # class that the rules see; code of the character before; parity; kind; blank
-START: State = (-1, -1, 0, WHITE, 0)
+FRESH: State = (-1, -1, 0, WHITE, 0)
 
 
 def _advance(state: State, code: int, rule: str) -> tuple[State, bool]:
@@ -203,8 +206,8 @@ class Automaton:
         codes, self.code_class = np.unique(properties(), return_inverse=True)
         order = np.argsort(codes != INVALID, kind="stable")
         codes, self.code_class = codes[order], np.argsort(order)[self.code_class].astype(np.uint8)
-        number: dict[State, int] = {START: 0}
-        states, rows, cuts = [START], [], []
+        number: dict[State, int] = {FRESH: 0}
+        states, rows, cuts = [FRESH], [], []
         for state in states:  # grows while it is walked
             row, cut = [], []
             for code in codes.tolist():

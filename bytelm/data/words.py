@@ -7,6 +7,7 @@ So that a stretch of a long document can be marked without reading all of it, th
 BLOCK bytes before which, for BLOCK bytes, there is no place where it does so by itself (`_restarts`).
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -14,15 +15,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bytelm.config import ConfigError
-from bytelm.data.word_rule import INVALID, automaton, properties, word_starts
+from bytelm.data.word_rule import CAUSAL_START, INVALID, START, UNKNOWN_SHIFT, automaton, properties, word_starts
 from bytelm.vocab import complete_prefix, encode, utf8_length
 
 RULES = ("unicode", "space")
 BLOCK = 1 << 14
 LOOK = 64  # bytes read behind a stretch, for the cases where the rule looks ahead
-# What a mark says of a byte: a word begins at it; one does by the rule without look-ahead; and in the bits above, of
-# how many of these this is known once this byte is read.
-START, CAUSAL_START, KNOWN_SHIFT = 1, 2, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class WordRule:
+    """A rule and the longest word, for those who mark texts."""
+
+    rule: str
+    max_bytes: int
+
+    def marks(self, data: bytes) -> NDArray[np.uint8]:
+        """The mark of each byte of a text."""
+        return marks(data, self.rule, self.max_bytes)
 
 
 def split(text: str, rule: str = "unicode", max_bytes: int = 0) -> list[str]:
@@ -55,9 +65,9 @@ def stretch_marks(
     first = _restart(read, begin, rule)
     data = read(first, min(end + LOOK, size))
     starts, causal = _starts(data, rule, max_bytes, first)
-    known = np.zeros(len(data) + 1, np.uint8)
-    np.add.at(known, _known(data, np.flatnonzero(causal)), 1)
-    out = starts * np.uint8(START) + causal * np.uint8(CAUSAL_START) + (known[:-1] << KNOWN_SHIFT)
+    known = np.bincount(_known(data, np.flatnonzero(causal)), minlength=len(data) + 1)[:-1]
+    unknown = np.cumsum(causal) - np.cumsum(known)
+    out = starts * START + causal * CAUSAL_START + (unknown << UNKNOWN_SHIFT)
     return out[begin - first : end - first].astype(np.uint8)
 
 

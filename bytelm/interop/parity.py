@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from bytelm.checkpoint import CheckpointError
 from bytelm.config import ConfigError
-from bytelm.interop import t5
+from bytelm.interop import hierarchical, t5
+from bytelm.interop.parity_hierarchical import measure_hierarchical
 from bytelm.interop.parity_hnet import measure_hnet, need_tensors
 from bytelm.interop.parity_t5 import measure_t5
 from bytelm.interop.published import is_model, read_record
@@ -54,10 +55,15 @@ def run_case(case: Path, precision: str = "highest") -> dict[str, Any]:
             family, measured = "flat", _flat(case, io, weights)
         elif t5.is_t5(record := read_record(case)):
             family, measured = record["model_type"], measure_t5(case, io, weights)
+        elif hierarchical.is_hierarchical(record):
+            family, measured = measure_hierarchical(case, io, weights)
         elif is_model(case):
             family, measured = "hnet", measure_hnet(case, io, weights)
         else:
-            raise ConfigError(f"{case}: this version of bytelm runs parity cases of the flat family, H-Net, ByT5, MrT5")
+            raise ConfigError(
+                f"{case}: this version of bytelm runs parity cases of the flat family, H-Net, ByT5, MrT5, "
+                "HAT, SpaceByte and MegaByte"
+            )
     result: dict[str, Any] = {"family": family}
     keys = ("max_abs_logit_error", "max_abs_prob_error", "boundaries_equal", "max_abs_gate_error", "positions_equal",
             "greedy_equal", "max_abs_step_error", "loss_error", "max_rel_grad_error")  # fmt: skip

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from bytelm.checkpoint import CheckpointError
-from bytelm.config import ConfigError, HNetConfig, ModelConfig, T5Config
-from bytelm.interop import hnet, t5
+from bytelm.config import ConfigError, HATConfig, HNetConfig, MegaByteConfig, ModelConfig, SpaceByteConfig, T5Config
+from bytelm.interop import hierarchical, hnet, t5
 from bytelm.interop.torch_file import TorchFile
 from bytelm.interop.weights import is_weights_dir, load_config, load_weights, write_tensors
 from bytelm.models.build import Params, structure
+from bytelm.parallel.rules import path_string
 
 NO_MODEL = "neither a run directory with checkpoints nor a weights directory (config.json, model.safetensors)"
 
@@ -63,7 +64,13 @@ class SafetensorsFile(Mapping[str, NDArray]):
 def is_model(path: Path) -> bool:
     """Whether `path` is a folder or file that `open_model` knows (its contents may still be broken)."""
     record = read_record(path)
-    return path.is_file() or is_weights_dir(path) or "arch_layout" in record or t5.is_t5(record)
+    return (
+        path.is_file()
+        or is_weights_dir(path)
+        or "arch_layout" in record
+        or t5.is_t5(record)
+        or (hierarchical.is_hierarchical(record))
+    )
 
 
 def open_model(path: Path, config_file: Path | None = None) -> StoredModel:
@@ -79,6 +86,8 @@ def open_model(path: Path, config_file: Path | None = None) -> StoredModel:
                 "beside the file as config.json and give the folder"
             )
         record = _read_json(config_file)
+        if hierarchical.is_hierarchical(record):
+            return _hierarchical(record, str(config_file), path)
         return (_t5 if t5.is_t5(record) else _hnet)(record, str(config_file), path)
     if config_file is not None:
         raise ConfigError(f"--config goes with a bare file of weights; {path} is a folder with a config of its own")
@@ -94,11 +103,13 @@ def open_model(path: Path, config_file: Path | None = None) -> StoredModel:
         return _hnet(record, f"{path}/config.json", files[0])
     if t5.is_t5(record):
         return _t5(record, f"{path}/config.json", weights_file(path))
+    if hierarchical.is_hierarchical(record):
+        return _hierarchical(record, f"{path}/config.json", weights_file(path))
     kind = record.get("model_type", "unknown") if record else None
     raise CheckpointError(
         f"{path}: {NO_MODEL}" if kind is None else
-        f"{path}: this version of bytelm does not load {kind} models; it loads its own, H-Net, ByT5, MrT5, and the "
-        "byte view of GPT-2, Llama, Mistral and Qwen 2 and 3"
+        f"{path}: this version of bytelm does not load {kind} models; it loads its own, H-Net, ByT5, MrT5, HAT, "
+        "SpaceByte, MegaByte, and the byte view of GPT-2, Llama, Mistral and Qwen 2 and 3"
     )  # fmt: skip
 
 
@@ -213,6 +224,39 @@ def _t5(record: dict, where: str, file: Path) -> StoredModel:
         names["shared.weight"] = (tensors, shared, False)
     config = t5.config_from(record, where, head="lm_head.weight" in names)
     return StoredModel(config, t5.TRAINED_LENGTH, lambda: _read_params(file, config, _Described(names)))
+
+
+def _hierarchical(record: dict, where: str, file: Path) -> StoredModel:
+    config = hierarchical.config_from(record, where)
+
+    def read() -> Params:
+        tensors = open_tensors(file)
+        check_hierarchical(tensors, config, str(file))
+        return jax.tree.map(np.asarray, hierarchical.params_from(_Float32(tensors), config))
+
+    return StoredModel(config, hierarchical.trained_length(record, config), read)
+
+
+def check_hierarchical(
+    tensors: Mapping[str, NDArray], config: HATConfig | SpaceByteConfig | MegaByteConfig, where: str
+) -> None:
+    """Raises CheckpointError for tensors of a HAT, SpaceByte or MegaByte that are missing, unknown or misshapen."""
+    try:
+        used = hierarchical.used_names(tensors, config)
+        params = hierarchical.params_from(tensors, config)
+        found = {path_string(path): tuple(x.shape) for path, x in jax.tree.leaves_with_path(params)}
+    except KeyError as e:
+        raise CheckpointError(f"{where} does not fit its config: missing {e.args[0]}") from None
+    except ValueError as e:
+        raise CheckpointError(f"{where} does not fit its config: {e}") from None
+    unknown = sorted(set(tensors) - used)
+    if unknown:
+        raise CheckpointError(f"{where} does not fit its config: unknown {', '.join(unknown[:8])}")
+    expected = {path_string(path): tuple(x.shape) for path, x in jax.tree.leaves_with_path(structure(config)[1])}
+    wrong = [f"{name} has shape {found.get(name)}, the config says {shape}" for name, shape in expected.items()
+             if found.get(name) != shape]  # fmt: skip
+    if wrong:
+        raise CheckpointError(f"{where} does not fit its config: {'; '.join(wrong[:4])}")
 
 
 class _Float32(Mapping[str, NDArray]):

@@ -30,6 +30,7 @@ class Output:
     aux_loss: Float[Array, ""] | float = 0.0  # added to the mean cross-entropy, already weighted
     metrics: dict[str, Any] = field(default_factory=dict)  # scalars for the log
     levels: tuple[Level, ...] = ()  # chunking levels, outermost first
+    scored: Bool[Array, "b t"] | None = None  # positions whose targets count in training; None: all
 
 
 class Network(Protocol):

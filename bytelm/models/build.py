@@ -7,8 +7,21 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from bytelm.config import ConfigError, FlatConfig, HNetConfig, ModelConfig, T5Config
+from bytelm.config import (
+    ConfigError,
+    FlatConfig,
+    HATConfig,
+    HNetConfig,
+    MegaByteConfig,
+    ModelConfig,
+    SpaceByteConfig,
+    T5Config,
+)
+from bytelm.data.words import WordRule
+from bytelm.models.hat import HAT, hat_ids
 from bytelm.models.hnet import HNet
+from bytelm.models.megabyte import MegaByte
+from bytelm.models.spacebyte import SPACEBYTE_IDS, SpaceByte
 from bytelm.models.t5 import T5
 from bytelm.models.transformer import FlatModel
 from bytelm.vocab import FLAT_IDS, HNET_IDS, T5_IDS, ByteIds
@@ -16,12 +29,19 @@ from bytelm.vocab import FLAT_IDS, HNET_IDS, T5_IDS, ByteIds
 Params = dict[str, Any]  # nested dict of arrays
 
 
-def build(config: ModelConfig, key: Array) -> FlatModel | HNet | T5:
-    """The network of a config with fresh weights. `key` is a typed PRNG key."""
-    rngs = nnx.Rngs(params=key)
-    if isinstance(config, FlatConfig):
-        return FlatModel(config, rngs=rngs)
-    return HNet(config, rngs=rngs) if isinstance(config, HNetConfig) else T5(config, rngs=rngs)
+FAMILIES: dict[type, Any] = {
+    FlatConfig: FlatModel, HNetConfig: HNet, T5Config: T5, HATConfig: HAT, SpaceByteConfig: SpaceByte,
+    MegaByteConfig: MegaByte,
+}  # fmt: skip
+IDS = {
+    FlatConfig: FLAT_IDS, HNetConfig: HNET_IDS, T5Config: T5_IDS, SpaceByteConfig: SPACEBYTE_IDS,
+    MegaByteConfig: SPACEBYTE_IDS,
+}  # fmt: skip
+
+
+def build(config: ModelConfig, key: Array) -> Any:
+    """The network (`models.base.Network`) of a config with fresh weights. `key` is a typed PRNG key."""
+    return FAMILIES[type(config)](config, rngs=nnx.Rngs(params=key))
 
 
 def byte_ids(config: ModelConfig, reserved: str = "error") -> ByteIds:
@@ -29,8 +49,13 @@ def byte_ids(config: ModelConfig, reserved: str = "error") -> ByteIds:
     (`reserved` error) or get U+FFFD in their place (replace)."""
     if reserved not in ("error", "replace"):
         raise ConfigError(f"reserved={reserved!r}: choose error or replace")
-    ids = {FlatConfig: FLAT_IDS, HNetConfig: HNET_IDS, T5Config: T5_IDS}[type(config)]
+    ids = hat_ids(config) if isinstance(config, HATConfig) else IDS[type(config)]
     return dataclasses.replace(ids, replace=reserved == "replace")
+
+
+def word_rule(config: ModelConfig) -> WordRule | None:
+    """How words of training text are marked for a model that needs it."""
+    return WordRule(config.rule, config.max_word) if isinstance(config, HATConfig) else None
 
 
 def structure(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:

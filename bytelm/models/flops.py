@@ -7,8 +7,20 @@ number (`bytes_per_chunk`), not at the slots reserved for them. A training step 
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from bytelm.config import FlatConfig, HNetConfig, StackConfig, T5Config, parse_layout
+from bytelm.config import (
+    FlatConfig,
+    HATConfig,
+    HNetConfig,
+    MegaByteConfig,
+    ModelConfig,
+    SpaceByteConfig,
+    StackConfig,
+    T5Config,
+    UnitConfig,
+    parse_layout,
+)
 from bytelm.vocab import NUM_SYMBOLS
 
 TRAIN_FACTOR = 3
@@ -29,14 +41,23 @@ def stack_flops(config: StackConfig, t: float) -> float:
         + 4 * config.num_heads * width * mean_keys(t, config.window),
         "m": 2 * d * (2 * inner + 2 * s.d_state + config.ssm_heads) + 2 * inner * d + 4 * inner * s.d_state,
     }
-    mlp = 6 * d * config.mlp_width
+    mlp = (6 if config.mlp == "swiglu" else 4) * d * config.mlp_width
     return float(
         sum(count * (mixer[kind.lower()] + mlp * kind.isupper()) for kind, count in parse_layout(config.layout))
     )
 
 
-def target_bytes_per_chunk(config: HNetConfig) -> tuple[float, ...]:
-    """Bytes per chunk of each level if every level meets its target: the products of the targets."""
+def target_bytes_per_chunk(config: ModelConfig) -> tuple[float, ...]:
+    """Bytes per unit of each level before anything is measured. H-Net: if every level meets its target, the products of
+    the targets; words and patches: what English has (4.4 with the Unicode rule, else 5.5), or the patch."""
+    if isinstance(config, MegaByteConfig):
+        return (float(config.patch),)
+    if isinstance(config, SpaceByteConfig):
+        return (float(config.period) if config.patches == "periodic" else 5.5,)
+    if isinstance(config, HATConfig):
+        return (4.4 if config.rule == "unicode" else 5.5,)
+    if not isinstance(config, HNetConfig):
+        return ()
     return tuple(math.prod(config.targets[: level + 1]) for level in range(config.levels))
 
 
@@ -63,12 +84,54 @@ def trained_kept(config: T5Config, record: Mapping[str, float]) -> float:
     return 1 - record.get("deletion/rate", d.rate) if d.gated and d.train == "compact" else 1.0
 
 
-def forward_flops(config: FlatConfig | HNetConfig, t: int, bytes_per_chunk: Sequence[float] = ()) -> float:
-    """Forward FLOPs per byte of a model on rows of t bytes. `bytes_per_chunk`: bytes per chunk of each level of an
-    H-Net (default: its targets)."""
+def unit_stacks(model: UnitConfig, t: int, slots: Sequence[int]) -> list[tuple[StackConfig, int]]:
+    """Every stack of a model with units, and the elements of a row that it runs over."""
+    if isinstance(model, HATConfig):
+        return [(model.encoder, t), (model.backbone, slots[0]), (model.decoder, t)]
+    if isinstance(model, SpaceByteConfig):
+        return [(model.initial, t), (model.main, slots[0]), (model.final, t)]
+    if isinstance(model, MegaByteConfig):
+        return [(model.main, slots[0]), (replace(model.local, window=model.patch), t)]
+    parts = lambda s: ("encoder", "decoder") if s < model.levels else ("main",)  # noqa: E731
+    return [(model.stack(s, part), elements) for s, elements in enumerate((t, *slots)) for part in parts(s)]
+
+
+def hat_flops(c: HATConfig, t: float, span: float) -> float:
+    """Forward FLOPs per byte of a HAT with `span` bytes a word."""
+    d, wider = c.encoder.d_model, c.backbone.d_model
+    kv = (c.pool_kv_heads or c.pool_heads) / c.pool_heads
+    guide_kv = (c.guide_kv_heads or c.guide_heads) / c.guide_heads
+    guided = sum(n for _, n in parse_layout(c.decoder.layout)) if c.guide_every_layer else 1
+    per_byte = stack_flops(c.encoder, t) + stack_flops(c.decoder, t) + 4 * d * wider * kv + 4 * wider + 2 * d * 256
+    per_word = 2 * wider * wider + guided * (2 * wider * d * guide_kv + 2 * d * d)
+    return per_byte + (per_word + stack_flops(c.backbone, max(t / span, 1.0))) / span
+
+
+def spacebyte_flops(c: SpaceByteConfig, t: float, span: float) -> float:
+    """Forward FLOPs per byte of a SpaceByte with `span` bytes a patch."""
+    local = stack_flops(c.initial, t) + stack_flops(c.final, t) + 2 * c.initial.d_model * 256
+    return local + stack_flops(c.main, max(t / span, 1.0)) / span
+
+
+def megabyte_flops(c: MegaByteConfig, t: float, span: float) -> float:
+    """Forward FLOPs per byte of a MegaByte with `span` bytes a patch (more than c.patch only by short documents)."""
+    d = c.local.d_model
+    local = stack_flops(c.local, c.patch) + 2 * d * 256 + 2 * c.main.d_model / c.patch * d
+    return local + stack_flops(c.main, max(t / span, 1.0)) / span
+
+
+def forward_flops(config: FlatConfig | UnitConfig, t: int, bytes_per_chunk: Sequence[float] = ()) -> float:
+    """Forward FLOPs per byte of a model on rows of t bytes. `bytes_per_chunk`: bytes per unit of each level (default:
+    `target_bytes_per_chunk`)."""
     if isinstance(config, FlatConfig):
         return stack_flops(config.stack, t) + 2 * config.stack.d_model * NUM_SYMBOLS
     spans = (1.0, *(bytes_per_chunk or target_bytes_per_chunk(config)))
+    if isinstance(config, HATConfig):
+        return hat_flops(config, t, spans[1])
+    if isinstance(config, SpaceByteConfig):
+        return spacebyte_flops(config, t, spans[1])
+    if isinstance(config, MegaByteConfig):
+        return megabyte_flops(config, t, spans[1])
     total = 2.0 * config.d_model[0] * 256
     for s, span in enumerate(spans):
         rows = max(t / span, 1.0)

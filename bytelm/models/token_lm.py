@@ -5,7 +5,6 @@ with its position and the slots of the cache that it may look at, so that the no
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.config import ConfigError
 from bytelm.nn.attention import attend, causal_mask
-from bytelm.nn.layers import Affine, Embedding, LayerNorm, Linear, RMSNorm, turn, wide
+from bytelm.nn.layers import Affine, Embedding, LayerNorm, Linear, RMSNorm, stretched, turn, wide
 from bytelm.parallel.mesh import shard
 
 
@@ -87,10 +86,7 @@ def rotary_frequencies(config: TokenLMConfig) -> Float[Array, " f"]:
         return frequency
     if s.kind == "linear":
         return frequency / s.factor
-    wavelength = 2 * math.pi / frequency
-    share = (s.original / wavelength - s.low) / (s.high - s.low)  # 1 where it stays, 0 where it is stretched
-    share = jnp.clip(share, 0.0, 1.0)
-    return (1 - share) * frequency / s.factor + share * frequency
+    return stretched(frequency, s.factor, s.low, s.high, s.original)
 
 
 _ACTIVATIONS = {

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.config import StackConfig
 from bytelm.nn.cache import AttentionCache
-from bytelm.nn.layers import Linear, rotate, wide
+from bytelm.nn.layers import HeadNorm, Linear, rotate, wide
 from bytelm.parallel.mesh import platform, shard
 
 
@@ -127,7 +127,8 @@ def full_attend(
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary positions (Ainslie et al. 2023; Su et al. 2021)."""
+    """Causal grouped-query attention with rotary positions (Ainslie et al. 2023; Su et al. 2021), and norms of queries
+    and keys in front of the rotation where the config has them."""
 
     def __init__(self, config: StackConfig, *, std: float, out_std: float, dtype: str, rngs: nnx.Rngs):
         d, width = config.d_model, config.head_width
@@ -135,12 +136,19 @@ class Attention(nnx.Module):
         self.k = Linear((d,), (config.kv_heads, width), std=std, dtype=dtype, rngs=rngs)
         self.v = Linear((d,), (config.kv_heads, width), std=std, dtype=dtype, rngs=rngs)
         self.out = Linear((config.num_heads, width), (d,), std=out_std, dtype=dtype, rngs=rngs)
+        if config.qk_norm != "none":
+            more = dict(over=config.qk_norm, eps=config.norm_eps, dtype=dtype)
+            self.q_norm = HeadNorm(config.norm, config.num_heads, width, **more)
+            self.k_norm = HeadNorm(config.norm, config.kv_heads, width, **more)
         self.config = config
 
     def _project(self, x, positions):
         c = self.config
-        q = shard(rotate(self.q(x), positions, c.rotary, c.rope_theta), "batch", None, "heads", None)
-        k = shard(rotate(self.k(x), positions, c.rotary, c.rope_theta), "batch", None, "kv_heads", None)
+        q, k = self.q(x), self.k(x)
+        if c.qk_norm != "none":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = shard(rotate(q, positions, c.rotary, c.rope_theta, c.rope_stretch), "batch", None, "heads", None)
+        k = shard(rotate(k, positions, c.rotary, c.rope_theta, c.rope_stretch), "batch", None, "kv_heads", None)
         return q, k, shard(self.v(x), "batch", None, "kv_heads", None)
 
     def __call__(

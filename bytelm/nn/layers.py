@@ -64,15 +64,34 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """(x - mean) / sqrt(variance + eps) * scale + bias, in float32 or wider; gives `dtype`."""
 
-    def __init__(self, d: int, *, eps: float, dtype: str):
-        self.scale, self.bias = nnx.Param(jnp.ones(d, jnp.float32)), nnx.Param(jnp.zeros(d, jnp.float32))
+    def __init__(self, d: int, *, eps: float, dtype: str, bias: bool = True):
+        self.scale = nnx.Param(jnp.ones(d, jnp.float32))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(d, jnp.float32))
         self.eps, self.dtype = eps, dtype
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         x = x.astype(wide(x.dtype))
         x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
-        return (x * self.scale[...] + self.bias[...]).astype(self.dtype)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps) * self.scale[...]
+        return (x + self.bias[...] if hasattr(self, "bias") else x).astype(self.dtype)
+
+
+def make_norm(kind: str, d: int, *, eps: float, dtype: str) -> RMSNorm | LayerNorm:
+    """`rms`, or `layer` without a bias."""
+    return RMSNorm((d,), eps=eps, dtype=dtype) if kind == "rms" else LayerNorm(d, eps=eps, dtype=dtype, bias=False)
+
+
+class HeadNorm(nnx.Module):
+    """A norm of [.., heads, width]: of each head by itself (`head`), or of all together (`all`)."""
+
+    def __init__(self, kind: str, heads: int, width: int, *, over: str, eps: float, dtype: str):
+        self.over = over
+        self.norm = make_norm(kind, width if over == "head" else heads * width, eps=eps, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "*b h k"]) -> Float[Array, "*b h k"]:
+        joined = x if self.over == "head" else x.reshape(*x.shape[:-2], -1)
+        return self.norm(joined).reshape(x.shape)
 
 
 class Affine(Linear):
@@ -127,6 +146,17 @@ class SwiGLU(GatedMLP):
     """A gated MLP with SiLU."""
 
 
+class ReLUMLP(nnx.Module):
+    """down(relu(up(x)))."""
+
+    def __init__(self, d: int, f: int, *, std: float, out_std: float, dtype: str, rngs: nnx.Rngs):
+        self.up = Linear((d,), (f,), std=std, dtype=dtype, rngs=rngs)
+        self.down = Linear((f,), (d,), std=out_std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return self.down(jax.nn.relu(self.up(x)))
+
+
 class GatedGELU(GatedMLP):
     """A gated MLP with the tanh approximation of GELU, as T5 1.1 has it."""
 
@@ -156,15 +186,33 @@ class Embedding(nnx.Module):
         )
 
 
-def rotate(x: Float[Array, "b t h k"], positions: Int[Array, "b t"], dim: int, theta: float) -> Float[Array, "b t h k"]:
+def rotate(
+    x: Float[Array, "b t h k"],
+    positions: Int[Array, "b t"],
+    dim: int,
+    theta: float,
+    stretch: tuple[float, ...] = (),
+) -> Float[Array, "b t h k"]:
     """Rotary position embedding on the first `dim` features of each head, half-split pairs (Su et al. 2021, eq. 34).
 
-    Feature i turns with feature i + dim / 2 at frequency theta^(-2i / dim); angles are computed in float32 or wider.
+    Feature i turns with feature i + dim / 2 at frequency theta^(-2i / dim), or as `stretched` makes it; angles are
+    computed in float32 or wider.
     """
     frequency = theta ** (-jnp.arange(0, dim, 2, dtype=wide(x.dtype)) / dim)
+    frequency = stretched(frequency, *stretch) if stretch else frequency
     angle = positions[..., None].astype(frequency.dtype) * frequency
     turned = turn(x[..., :dim], angle)
     return jnp.concatenate([turned, x[..., dim:]], -1) if dim < x.shape[-1] else turned
+
+
+def stretched(
+    frequency: Float[Array, " f"], factor: float, low: float, high: float, original: float
+) -> Float[Array, " f"]:
+    """Llama 3's rotary frequencies for longer contexts: wavelengths above original / low are stretched by `factor`,
+    those below original / high are not, and those between partly."""
+    share = (original * frequency / (2 * math.pi) - low) / (high - low)  # 1 where it stays, 0 where it is stretched
+    share = jnp.clip(share, 0.0, 1.0)
+    return (1 - share) * frequency / factor + share * frequency
 
 
 def turn(x: Float[Array, "b t h k"], angle: Float[Array, "b t f"]) -> Float[Array, "b t h k"]:

@@ -5,6 +5,7 @@ of H-Net: r += mixer(rms(r)); r += mlp(rms(r)); out = rms(r).
 """
 
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from bytelm.config import StackConfig, parse_layout
 from bytelm.nn.attention import Attention
 from bytelm.nn.cache import StackCache
-from bytelm.nn.layers import RMSNorm, SwiGLU, wide
+from bytelm.nn.compaction import expand
+from bytelm.nn.layers import ReLUMLP, SwiGLU, make_norm, wide
 from bytelm.nn.mamba2 import Mamba2
 from bytelm.parallel.mesh import shard
 
@@ -24,15 +26,16 @@ class Block(nnx.Module):
 
     def __init__(self, kind: str, config: StackConfig, *, std: float, out_std: float, dtype: str, rngs: nnx.Rngs):
         self.kind = kind
-        self.mixer_norm = RMSNorm((config.d_model,), eps=config.norm_eps, dtype=dtype)
+        self.mixer_norm = make_norm(config.norm, config.d_model, eps=config.norm_eps, dtype=dtype)
         mixer = dict(std=std, out_std=out_std, dtype=dtype, rngs=rngs)
         if kind in "tT":
             self.attention = Attention(config, **mixer)
         else:
             self.mamba = Mamba2(config, **mixer)
         if kind.isupper():
-            self.mlp_norm = RMSNorm((config.d_model,), eps=config.norm_eps, dtype=dtype)
-            self.mlp = SwiGLU(config.d_model, config.mlp_width, std=std, out_std=out_std, dtype=dtype, rngs=rngs)
+            self.mlp_norm = make_norm(config.norm, config.d_model, eps=config.norm_eps, dtype=dtype)
+            mlp = SwiGLU if config.mlp == "swiglu" else ReLUMLP
+            self.mlp = mlp(config.d_model, config.mlp_width, **mixer)
 
     @property
     def mixer(self) -> Attention | Mamba2:
@@ -59,14 +62,39 @@ def residual_additions(layout: str) -> int:
     return sum(count * (2 if kind.isupper() else 1) for kind, count in parse_layout(layout))
 
 
+def _guided(r, extra, guide: "Guide | None"):
+    """The residual stream with a layer's guide added."""
+    if guide is None:
+        return r
+    value, first = extra
+    added = jnp.where((guide.slot < 0)[..., None], first, expand(value, jnp.maximum(guide.slot, 0)))
+    return r + added.astype(r.dtype)
+
+
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Guide:
+    """What is added to the residual stream in front of each block: at position t of a row, `first` where slot[t] is
+    negative, else what stands in that slot."""
+
+    value: Float[Array, "l b c d"]
+    first: Float[Array, "l d"]
+    slot: Int[Array, "b t"]
+
+    def at_layers(self, begin: int, count: int) -> tuple[Array, Array]:
+        return self.value[begin : begin + count], self.first[begin : begin + count]
 
 
 class Stack(nnx.Module):
     """The blocks of a StackConfig and the closing norm. Run i is `run{i}`, its weights stacked [l, ...]."""
 
-    def __init__(self, config: StackConfig, *, std: float, dtype: str, rngs: nnx.Rngs, out_scale: float = 0.0):
-        """`out_scale` scales the initial output projections; 0 = 1 / sqrt(residual additions)."""
+    def __init__(self, config: StackConfig, *, std: float, dtype: str, rngs: nnx.Rngs, out_scale: float = 0.0,
+                 closing_norm: bool = True):  # fmt: skip
+        """`out_scale` scales the initial output projections; 0 = 1 / sqrt(residual additions). Without `closing_norm`
+        the stack gives its residual stream."""
         self.config = config
         scale = out_scale or 1 / math.sqrt(residual_additions(config.layout))
         self.num_runs = len(parse_layout(config.layout))
@@ -77,10 +105,22 @@ class Stack(nnx.Module):
                 kind, config, std=std, out_std=out_std, dtype=dtype, rngs=nnx.Rngs(params=key)
             )
             setattr(self, f"run{i}", jax.vmap(make)(jax.random.split(rngs.params(), count)))
-        self.norm = RMSNorm((config.d_model,), eps=config.norm_eps, dtype=dtype)
+        self.dtype = dtype
+        if closing_norm:
+            self.norm = make_norm(config.norm, config.d_model, eps=config.norm_eps, dtype=dtype)
+
+    def _close(self, r):
+        return self.norm(r) if hasattr(self, "norm") else r.astype(self.dtype)
 
     def _runs(self):
         return ((f"run{i}", getattr(self, f"run{i}")) for i in range(self.num_runs))
+
+    def _guided_runs(self, guide: Guide | None):
+        begin = 0
+        for _, run in self._runs():
+            count = run.mixer_norm.scale.shape[0]
+            yield run, None if guide is None else guide.at_layers(begin, count)
+            begin += count
 
     def _over_layers(self, body, carry, per_layer):
         return jax.lax.scan(body, carry, per_layer, unroll=1 if self.config.scan_layers else True)
@@ -90,44 +130,67 @@ class Stack(nnx.Module):
         x: Float[Array, "b t d"],
         positions: Int[Array, "b t"] | None = None,
         segments: Int[Array, "b t"] | None = None,
+        guide: Guide | None = None,
     ) -> Float[Array, "b t d"]:
-        """Causal forward. Positions default to 0..t-1; where `segments` changes, nothing flows across."""
+        """Causal forward. Positions default to 0..t-1; where `segments` changes, nothing flows across; `guide` is added
+        in front of each block."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         r = x.astype(wide(x.dtype))
 
-        def body(r, block):
-            return block(r, positions, segments), None
+        def body(r, layer):
+            block, extra = layer
+            return block(_guided(r, extra, guide), positions, segments), None
 
-        for _, run in self._runs():
+        for run, extra in self._guided_runs(guide):
             looped = self.config.scan_layers and run.mixer_norm.scale.shape[0] > 1
             layer = body
             if self.config.remat != "none":  # only a real loop keeps the compiler from merging the recomputation away
                 layer = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=not looped)
-            r, _ = self._over_layers(layer, r, run)
-        return self.norm(r)
+            r, _ = self._over_layers(layer, r, (run, extra))
+        return self._close(r)
 
     def prefill(
-        self, x: Float[Array, "b t d"], lengths: Int[Array, " b"], max_length: int
+        self,
+        x: Float[Array, "b t d"],
+        lengths: Int[Array, " b"],
+        max_length: int,
+        guide: Guide | None = None,
     ) -> tuple[Float[Array, "b t d"], StackCache]:
         """Forward over right-padded rows (outputs past a row's length are of no use) and the cache after `lengths`
         positions, with room for `max_length`."""
         r, caches = x.astype(wide(x.dtype)), {}
-        for name, run in self._runs():
-            r, caches[name] = self._over_layers(lambda r, block: block.prefill(r, lengths, max_length), r, run)
-        return self.norm(r), StackCache(lengths, caches)
+
+        def body(r, layer):
+            block, extra = layer
+            return block.prefill(_guided(r, extra, guide), lengths, max_length)
+
+        for (name, _), pair in zip(self._runs(), self._guided_runs(guide)):
+            r, caches[name] = self._over_layers(body, r, pair)
+        return self._close(r), StackCache(lengths, caches)
 
     def step(
-        self, x: Float[Array, "b d"], cache: StackCache, active: Bool[Array, " b"] | None = None
+        self,
+        x: Float[Array, "b d"],
+        cache: StackCache,
+        active: Bool[Array, " b"] | None = None,
+        guide: Float[Array, "l b d"] | None = None,
     ) -> tuple[Float[Array, "b d"], StackCache]:
         """One position per row. The caller keeps lengths below the cache's room. Rows that are not `active` keep their
         cache, and their output is of no use."""
         r, caches = x.astype(wide(x.dtype)), {}
+
+        def body(r, layer):
+            block, cache_, extra = layer
+            return block.step(r if extra is None else r + extra, cache_, cache.lengths, active)
+
+        begin = 0
         for name, run in self._runs():
-            r, caches[name] = self._over_layers(
-                lambda r, layer: layer[0].step(r, layer[1], cache.lengths, active), r, (run, cache.runs[name])
-            )
-        return self.norm(r), StackCache(cache.lengths + (1 if active is None else active), caches)
+            count = run.mixer_norm.scale.shape[0]
+            extra = None if guide is None else guide[begin : begin + count]
+            r, caches[name] = self._over_layers(body, r, (run, cache.runs[name], extra))
+            begin += count
+        return self._close(r), StackCache(cache.lengths + (1 if active is None else active), caches)
 
     def empty_cache(self, b: int, max_length: int) -> StackCache:
         """The cache of rows that have seen nothing yet."""

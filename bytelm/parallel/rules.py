@@ -16,15 +16,16 @@ from bytelm.parallel.mesh import to_spec
 
 # Parameters inside a run of blocks carry a leading "layers" axis.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"embed/table", (None, "embed")),
+    (r"((local_)?embed|positions|ranks)/table", (None, "embed")),
     (r"head/kernel", ("embed", None)),
-    (r"(stack|encoder|decoder|main)/norm/scale", (None,)),
+    (r"(stack|encoder|decoder|main|final|local)/norm/scale", (None,)),
     (r"router/[qk]/kernel", ("embed", None)),
     (r"residual/kernel", ("embed", None)),
     (r"residual/bias", (None,)),
     (r"(backbone|inner)/pad", (None,)),
     (r"chunks/(need|capacity)", (None,)),  # of the train state, not parameters
     (r"(run\d+|blocks)/(mixer|attention|cross|mlp)_norm/scale", ("layers", None)),
+    (r"run\d+/attention/[qk]_norm/norm/scale", ("layers", None)),
     (r"run\d+/attention/q/kernel", ("layers", "embed", "heads", None)),
     (r"run\d+/attention/[kv]/kernel", ("layers", "embed", "kv_heads", None)),
     (r"run\d+/attention/out/kernel", ("layers", "heads", None, "embed")),
@@ -51,6 +52,16 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"boundary/out", ("mlp", None)),
     (r"boundary/out_bias", (None,)),
     (r"pool/kernel", (None, "embed", None)),
+    (r"pool/[qkv]/kernel", ("embed", "some_heads", None)),
+    (r"pool/out/kernel", ("some_heads", None, "embed")),
+    (r"pool/[qk]_norm/norm/scale", (None,)),
+    (r"query|first_(word|patch|byte)", (None,)),
+    (r"offsets", (None, None)),
+    (r"guide/layer/norm/scale", ("layers", None)),
+    (r"guide/layer/v/kernel", ("layers", "embed", "some_heads", None)),
+    (r"guide/layer/out/kernel", ("layers", "some_heads", None, "embed")),
+    (r"coarse/kernel", ("embed", None)),
+    (r"coarse/bias", (None,)),
     (r"pool/bias", (None,)),
 )
 

@@ -1,4 +1,4 @@
-"""How many chunk slots a training step reserves at each level of an H-Net, chosen from what was measured.
+"""How many chunk slots a training step reserves at each level of a model with units, chosen from what was measured.
 
 At the start an H-Net makes a boundary at 30 to 50 % of all bytes, trained at about one in N; slots for every byte would
 forfeit the saving. So training starts with `capacity.start` and looks every `capacity.every` steps at the slots that
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bytelm.config import CapacityConfig, HNetConfig, ModelConfig
+from bytelm.config import CapacityConfig, ModelConfig, UnitConfig
 
 SHARES = tuple(0.6 * 0.75**k for k in range(14))  # of the row; and 1
 FORGET = 0.03  # how fast a past maximum of the need is forgotten, per step
@@ -28,7 +28,7 @@ def first_capacity(model: ModelConfig, row: int) -> Capacity:
     """Slots of each level before anything is measured; () for a model without levels."""
     out: list[int] = []
     for level in range(_levels(model)):
-        assert isinstance(model, HNetConfig)
+        assert isinstance(model, UnitConfig)
         start = model.capacity.start
         share = start[min(level, len(start) - 1)]
         above = out[-1] if out else row
@@ -38,7 +38,7 @@ def first_capacity(model: ModelConfig, row: int) -> Capacity:
 
 def possible_capacity(model: ModelConfig, row: int, saved: Capacity) -> Capacity:
     """The slots of a saved state if the config could have chosen them, else those to start with."""
-    assert isinstance(model, HNetConfig)
+    assert isinstance(model, UnitConfig)
     first, choices = first_capacity(model, row), sizes(row, model.capacity)
     chosen = len(saved) == len(first) and all(slots in choices for slots in saved)
     return saved if chosen and (model.capacity.every or saved == first) else first
@@ -46,7 +46,7 @@ def possible_capacity(model: ModelConfig, row: int, saved: Capacity) -> Capacity
 
 def time_to_choose(model: ModelConfig, step: int) -> bool:
     """Whether the slots are chosen anew after `step` steps."""
-    return isinstance(model, HNetConfig) and model.capacity.every > 0 and step % model.capacity.every == 0
+    return isinstance(model, UnitConfig) and model.capacity.every > 0 and step % model.capacity.every == 0
 
 
 def next_capacity(model: ModelConfig, row: int, now: Capacity, need: Sequence[float]) -> Capacity:
@@ -54,7 +54,7 @@ def next_capacity(model: ModelConfig, row: int, now: Capacity, need: Sequence[fl
 
     More as soon as the need is above what there is; fewer once the need, with the margin, fits a smaller size.
     """
-    assert isinstance(model, HNetConfig)
+    assert isinstance(model, UnitConfig)
     choices, out = sizes(row, model.capacity), []
     for level, (slots, needed) in enumerate(zip(now, need)):
         wanted = _fitting(choices, needed * model.capacity.margin)
@@ -74,4 +74,4 @@ def _fitting(choices: Sequence[int], wanted: float) -> int:
 
 
 def _levels(model: ModelConfig) -> int:
-    return model.levels if isinstance(model, HNetConfig) else 0
+    return model.levels if isinstance(model, UnitConfig) else 0

@@ -36,7 +36,7 @@ from bytelm.evals.bpb import BitsPerByte
 from bytelm.evals.chunk_history import ChunkHistory
 from bytelm.evals.seq2seq import TargetScore
 from bytelm.metrics import MetricsLog, git_commit, plot_losses, versions
-from bytelm.models.build import byte_ids, count_parameters
+from bytelm.models.build import byte_ids, count_parameters, word_rule
 from bytelm.models.flops import TRAIN_FACTOR, forward_flops, t5_flops, trained_kept
 from bytelm.parallel import hosts
 from bytelm.parallel.mesh import check_rows, make_mesh
@@ -108,7 +108,8 @@ def train(config: Config) -> Result:
         step, best = int(state["step"]), meta.get("best_bpb")
         if meta.get("best_over") != _best_over(config):  # evaluations of other text or size do not compare
             best = None
-        batches = Batches(sources, config.data, ids, seed=config.train.seed, state=data_state, rows=mine)
+        batches = Batches(sources, config.data, ids, seed=config.train.seed, state=data_state, rows=mine,
+                          words=word_rule(config.model))  # fmt: skip
         stack.callback(batches.close)
 
         log = MetricsLog(run_dir, step, config.train.tensorboard, config.train.wandb_project, writes=first)

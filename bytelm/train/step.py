@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from bytelm.config import Config, T5Config
+from bytelm.config import Config, HATConfig, T5Config
 from bytelm.data.pipeline import Batch
 from bytelm.data.seq2seq import target_length
 from bytelm.models.base import Level, Network
@@ -27,15 +27,17 @@ from bytelm.train.capacity import Capacity, track_need
 from bytelm.train.losses import token_nll
 from bytelm.train.state import Setup, State
 
-SUMS = ("nll",)  # metrics that microbatches add up to; the others are averaged
-# What a network is given of a batch; the source is for encoder-decoders.
-FED = ("inputs", "targets", "segments", "source")
+SUMS = ("nll", "scored")  # metrics that microbatches add up to; the others are averaged
+# What a network is given of a batch; the source is for encoder-decoders, marks are for models of words.
+FED = ("inputs", "targets", "segments", "source", "marks")
 DeviceBatch = dict[str, Array]  # FED, each [b, t]; and from several processes "wishes" [b, 2]: to stop, to save
 
 
 def fed_shapes(config: Config) -> dict[str, tuple[int, int]]:
     """Shape of each array that a step is given."""
     rows, t = config.data.batch_size, config.data.seq_len
+    if isinstance(config.model, HATConfig):
+        return dict.fromkeys((*FED[:3], "marks"), (rows, t))
     if not isinstance(config.model, T5Config):
         return dict.fromkeys(FED[:3], (rows, t))
     return dict.fromkeys(FED[:3], (rows, target_length(config.data))) | {"source": (rows, t)}
@@ -61,22 +63,26 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
     """One optimizer step: (state, batch, chunk slots of each level) -> (state, metrics). The state is donated; each
     capacity is compiled once.
 
-    The loss is the mean nats per target over the whole batch plus the mean of the microbatches' auxiliary losses;
+    The loss is the mean nats per target over the whole batch plus the mean of the microbatches' auxiliary losses
+    (targets of units that found no slot add nothing, and the loss of the metrics is over the others);
     microbatches are summed in float32. A batch whose loss or gradient is not finite changes nothing but the counts of
     `step` and `skipped`.
     """
     accum, end = config.train.grad_accum, byte_ids(config.model).end
 
-    reads = isinstance(config.model, T5Config)
+    reads, words = isinstance(config.model, T5Config), isinstance(config.model, HATConfig)
 
     def micro_loss(params, batch, total, control, capacity):
         network: Network = nnx.merge(setup.graph, cast_matrices(params, config.model.dtype))
-        more = dict(source=batch["source"], control=control) if reads else {}
+        more = dict(source=batch["source"], control=control) if reads else dict(marks=batch["marks"]) if words else {}
         out = network(batch["inputs"], batch["segments"], capacity or None, **more)
         weights = batch["segments"] > 0
+        if out.scored is not None:
+            weights &= out.scored
         nll = jnp.sum(jnp.where(weights, token_nll(out.logits, batch["targets"]), 0.0)) / total
         needs = jnp.array([row_need(level) for level in out.levels])
-        return nll + out.aux_loss / accum, ({"nll": nll, **out.metrics}, needs)
+        scored = jnp.sum(weights) / total
+        return nll + out.aux_loss / accum, ({"nll": nll, "scored": scored, **out.metrics}, needs)
 
     def step(state: State, batch: DeviceBatch, capacity: Capacity = ()) -> tuple[State, dict]:
         total = jnp.maximum(jnp.sum(batch["segments"] > 0), 1).astype(jnp.float32)
@@ -105,6 +111,7 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
             (grads, metrics), needs = jax.lax.scan(add, zeros, (micro, jnp.arange(accum)))
             needs = needs.max(axis=0)
             metrics = {k: v if k in SUMS or k.endswith("/dropped") else v / accum for k, v in metrics.items()}
+        metrics["nll"] /= jnp.maximum(metrics.pop("scored"), 1e-9)  # of a step that scored all: 1
         updates, opt = setup.optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         norm = optax.tree.norm(grads)

@@ -1,0 +1,115 @@
+"""Configs of the hierarchical models: HAT, SpaceByte and MegaByte. `bytelm.config` has them all."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bytelm.model_config import CapacityConfig, DType, StackConfig, require
+
+HAT_END = 192  # <|eot_id|>, behind a document, and in front of it where there is no symbol for that
+
+
+def _slots() -> CapacityConfig:
+    return CapacityConfig(start=(0.45,))
+
+
+def _local() -> StackConfig:
+    return StackConfig(layout="T2", d_model=192, window=128)
+
+
+def _main() -> StackConfig:
+    return StackConfig(layout="T6", d_model=384, num_heads=6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HATConfig:
+    """HAT as released (Neitemeier et al. 2025 and the report of 2026): words are pooled, a backbone runs over words,
+    and what it says of the words before guides the decoding of each word's bytes."""
+
+    family: Literal["hat"] = "hat"  # which model family this is
+    encoder: StackConfig = field(default_factory=_local)  # over bytes, across words
+    backbone: StackConfig = field(default_factory=_main)  # of words
+    decoder: StackConfig = field(default_factory=_local)  # over bytes, guided in every layer
+    pool_heads: int = 6  # heads of the attention that pools a word's bytes
+    pool_kv_heads: int = 0  # its key and value heads; 0 = pool_heads
+    pool_norm: Literal["none", "head", "all"] = "none"  # norm its query and keys: each head by itself, or all together
+    pool_theta: float = 10000.0  # base of its rotary frequencies (phase: word number - byte number)
+    guide_heads: int = 4  # heads of the guide's value projection; they matter only beside guide_kv_heads
+    guide_kv_heads: int = 0  # heads that it really has; 0 = guide_heads
+    guide_every_layer: bool = True  # guide every decoder layer, or only the first
+    rule: Literal["unicode", "space"] = "unicode"  # where words begin
+    max_word: int = 100  # bytes of a word; longer ones are cut; 0 = never
+    guide: Literal["released", "strict"] = "released"  # training: the guide changes with a word's first byte, as
+    # released, or once its first character is whole, as it must when text is made
+    start: int = HAT_END  # id in front of a document
+    capacity: CapacityConfig = field(default_factory=_slots)  # word slots in training
+    dtype: DType = "float32"  # compute type; parameters are float32 always
+    init_std: float = 0.02  # standard deviation of the initial weights (0: 1 / sqrt(fan in))
+
+    def __post_init__(self):
+        d = self.encoder.d_model
+        require(d == self.decoder.d_model, f"model.decoder.d_model={self.decoder.d_model}: must be the encoder's, {d}")
+        for heads, kv, width, name in (
+            (self.pool_heads, self.pool_kv_heads, self.backbone.d_model, "pool"),
+            (self.guide_heads, self.guide_kv_heads, d, "guide"),
+        ):
+            require(heads >= 1 and width % heads == 0, f"model.{name}_heads={heads}: must divide {width}")
+            require(heads % (kv or heads) == 0, f"model.{name}_kv_heads={kv}: must divide model.{name}_heads={heads}")
+        require(
+            (self.backbone.d_model // self.pool_heads) % 2 == 0, f"model.pool_heads={self.pool_heads}: odd head width"
+        )
+        require(self.max_word == 0 or self.max_word >= 4, f"model.max_word={self.max_word}: at least 4, or 0 for none")
+        require(0 <= self.start < 256, f"model.start={self.start}: must be a byte that UTF-8 never has")
+
+    levels = 1  # chunking levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceByteConfig:
+    """SpaceByte (Slagle 2024): a global stack runs at bytes that begin a run of what is no letter or digit."""
+
+    family: Literal["spacebyte"] = "spacebyte"  # which model family this is
+    initial: StackConfig = field(default_factory=_local)  # over bytes
+    main: StackConfig = field(default_factory=_main)  # at patches
+    final: StackConfig = field(default_factory=_local)  # over bytes
+    patches: Literal["spacelike", "periodic"] = "spacelike"  # where the global stack runs; periodic: every `period`
+    period: int = 6  # bytes between two patches of `periodic`
+    positions: int = 0  # longest row, where bytes have learned positions as in the published code; 0 = none
+    slots: int = 0  # most patches of a row, where patches have learned positions; 0 = none
+    capacity: CapacityConfig = field(default_factory=_slots)  # patch slots in training
+    dtype: DType = "float32"  # compute type; parameters are float32 always
+    init_std: float = 0.02  # standard deviation of the initial weights (0: 1 / sqrt(fan in))
+
+    def __post_init__(self):
+        d = self.initial.d_model
+        require(d == self.final.d_model, f"model.final.d_model={self.final.d_model}: must be the initial stack's, {d}")
+        require(d <= self.main.d_model, f"model.main.d_model={self.main.d_model}: must be at least the local width {d}")
+        for name in ("positions", "slots"):
+            require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)}: must not be negative")
+        require(self.period >= 1, f"model.period={self.period}: must be at least 1")
+
+    levels = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegaByteConfig:
+    """MegaByte (Yu et al. 2023): a global stack over patches of a fixed size, a local one inside each patch."""
+
+    family: Literal["megabyte"] = "megabyte"  # which model family this is
+    patch: int = 6  # bytes of a patch
+    main: StackConfig = field(default_factory=_main)  # of patches
+    local: StackConfig = field(default_factory=lambda: StackConfig(layout="T4", d_model=192))  # over a patch's bytes
+    positions: int = 0  # longest row, where bytes have learned positions in the global embedding; 0 = none
+    capacity: CapacityConfig = field(default_factory=_slots)  # patch slots in training
+    dtype: DType = "float32"  # compute type; parameters are float32 always
+    init_std: float = 0.02  # standard deviation of the initial weights (0: 1 / sqrt(fan in))
+
+    def __post_init__(self):
+        require(self.patch >= 1, f"model.patch={self.patch}: must be at least 1")
+        require(
+            self.main.d_model % self.patch == 0,
+            f"model.main.d_model={self.main.d_model}: model.patch={self.patch} must divide it",
+        )
+        require(self.positions >= 0, f"model.positions={self.positions}: must not be negative")
+        require(self.local.window == 0, f"model.local.window={self.local.window}: the local stack sees its patch: 0")
+
+    levels = 1

@@ -1,0 +1,165 @@
+"""MegaByte (Yu et al. 2023, arXiv 2305.07185), as SpaceByte's authors wrote it: patches of a fixed size.
+
+The bytes of a patch, embedded side by side, are one input of the global stack; its output for the patches before, and
+the bytes of the patch so far, are what a small local stack predicts the patch from. The first patch of a document is
+predicted from a learned vector, and the first byte of each from one in place of the byte before.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from bytelm.config import MegaByteConfig
+from bytelm.models.base import Level, Output
+from bytelm.models.chunk_metrics import level_metrics
+from bytelm.models.spacebyte import SPACEBYTE_IDS, VOCABULARY
+from bytelm.models.units import make_units
+from bytelm.nn.cache import StackCache
+from bytelm.nn.compaction import compact, expand
+from bytelm.nn.layers import Affine, Embedding, Linear
+from bytelm.nn.stack import Stack
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class MegaByteCache:
+    """What decoding keeps: inputs so far, the last patch of them, the global outputs for the patch of now."""
+
+    place: Int[Array, " b"]
+    recent: Int[Array, "b p"]  # the newest inputs, newest last
+    main: StackCache
+    local: StackCache  # of the patch of now
+    coarse: Float[Array, "b p d"]
+
+
+class MegaByte(nnx.Module):
+    """Global embedding and stack, local embedding and stack, head. Position t predicts byte t + 1; patch j of a
+    document are the predictions of its bytes P j to P (j + 1) - 1."""
+
+    ids = SPACEBYTE_IDS
+
+    def __init__(self, config: MegaByteConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        more = dict(std=c.init_std, dtype=c.dtype, rngs=rngs)
+        d, wide_, patch = c.local.d_model, c.main.d_model, c.patch
+        vector = lambda *shape: nnx.Param((c.init_std or 1) * jax.random.normal(rngs.params(), shape, jnp.float32))  # noqa: E731
+        self.embed = Embedding(VOCABULARY, wide_ // patch, **more)
+        if c.positions:
+            self.positions = Embedding(c.positions, wide_ // patch, **more)
+        self.first_patch = vector(wide_)
+        self.main = Stack(c.main, closing_norm=False, **more)
+        self.coarse = Affine((wide_ // patch,), (d,), bias=True, dtype=c.dtype, rngs=rngs)
+        self.local_embed = Embedding(VOCABULARY, d, **more)
+        self.first_byte, self.offsets = vector(d), vector(patch, d)
+        self.local = Stack(dataclasses.replace(c.local, window=patch), **more)
+        self.head = Linear((d,), (VOCABULARY,), **more, widen=True)
+
+    def _patches(self, inputs: Int[Array, "*b p"], place: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+        """What the global stack reads for the patch whose first prediction stands at `place` of its document, from the
+        inputs of the patch before, the last of which stands there."""
+        x = self.embed(inputs)
+        if hasattr(self, "positions"):
+            x = x + self.positions(place[..., None] + jnp.arange(self.config.patch))  # of the bytes to predict
+        x = x.reshape(*x.shape[:-2], -1)
+        return jnp.where((place > 0)[..., None], x, self.first_patch[...].astype(x.dtype))
+
+    def _coarse(self, y: Float[Array, "*b e"]) -> Float[Array, "*b p d"]:
+        """Global outputs as what each offset of the patch is given."""
+        return self.coarse(y.reshape(*y.shape[:-1], self.config.patch, -1))
+
+    def _local_inputs(self, inputs, offset):
+        x = self.local_embed(inputs)
+        x = x + self.offsets[...][offset].astype(x.dtype)
+        return jnp.where((offset == 0)[..., None], self.first_byte[...].astype(x.dtype), x)
+
+    def _global_inputs(self, inputs, units):
+        index = units.first[..., None] - self.config.patch + 1 + jnp.arange(self.config.patch)
+        b, c, p = index.shape
+        before = jnp.take_along_axis(inputs, jnp.clip(index, 0, inputs.shape[1] - 1).reshape(b, c * p), axis=1)
+        return self._patches(before.reshape(b, c, p), compact(units.place, units.first))
+
+    def _units(self, inputs, segments):
+        b, t = inputs.shape
+        place = make_units(jnp.zeros((b, t), bool), segments, 1).place
+        slots = None if segments is not None else -(-t // self.config.patch)
+        return make_units(place % self.config.patch == 0, segments, slots)
+
+    def __call__(
+        self,
+        inputs: Int[Array, "b t"],
+        segments: Int[Array, "b t"] | None = None,
+        capacity: tuple[int, ...] | None = None,
+        marks: Int[Array, "b t"] | None = None,
+    ) -> Output:
+        """Logits of the next id after each input, and the level of patches. `capacity` is the number of patch slots."""
+        b, t = inputs.shape
+        units = self._units(inputs, segments)
+        if capacity is not None:
+            units = make_units(units.begins, segments, capacity[0])
+        offset = units.place % self.config.patch
+        y = self.main(self._global_inputs(inputs, units), segments=units.document)
+        coarse = self._coarse(y)
+        rows = jnp.arange(b)[:, None]
+        x = coarse[rows, jnp.minimum(units.number, units.slots - 1), offset]
+        x = jnp.where(units.kept[..., None], x, 0) + self._local_inputs(inputs, offset)
+        y = self.local(x, segments=units.number)
+        position = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+        valid = jnp.ones((b, t), bool) if segments is None else segments > 0
+        level = Level(position, valid, units.begins.astype(jnp.float32), units.begins & valid)
+        found = level_metrics(level, inputs, valid, units.slots if capacity is not None else None)
+        metrics = {f"level0/{name}": value for name, value in found.items()}
+        return Output(self.head(y), metrics=metrics, levels=(level,), scored=units.kept)
+
+    def prefill(
+        self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int
+    ) -> tuple[Float[Array, "b v"], MegaByteCache]:
+        """Logits after each row's last input and the cache behind it; rows are right-padded, lengths at least 1."""
+        b, patch = inputs.shape[0], self.config.patch
+        units = self._units(inputs, None)
+        number = (lengths - 1) // patch  # of the patch that the last input is in
+        y, main = self.main.prefill(self._global_inputs(inputs, units), number + 1, max_length)
+        coarse = self._coarse(expand(y, number[:, None])[:, 0])
+        # The patch of now goes through the local stack byte by byte, to fill its cache.
+        begin = number * patch
+
+        def one(carry, offset):
+            local, kept = carry
+            at = jnp.minimum(begin + offset, inputs.shape[1] - 1)[:, None]
+            x = coarse[:, offset] + self._local_inputs(jnp.take_along_axis(inputs, at, 1)[:, 0], jnp.full(b, offset))
+            here = begin + offset < lengths
+            y, local = self.local.step(x, local, here)
+            return (local, jnp.where(here[:, None], y, kept)), None
+
+        empty = self.local.empty_cache(b, patch)
+        (local, y), _ = jax.lax.scan(one, (empty, jnp.zeros_like(coarse[:, 0])), jnp.arange(patch))
+        recent = jnp.clip(lengths[:, None] - patch + jnp.arange(patch), 0, inputs.shape[1] - 1)
+        return self.head(y), MegaByteCache(lengths, jnp.take_along_axis(inputs, recent, 1), main, local, coarse)
+
+    def step(self, inputs: Int[Array, " b"], cache: MegaByteCache) -> tuple[Float[Array, "b v"], MegaByteCache]:
+        """Logits after one more input per row. The global stack runs where a patch begins."""
+        offset = cache.place % self.config.patch
+        begins = offset == 0
+        recent = jnp.concatenate([cache.recent[:, 1:], inputs[:, None]], axis=1)
+
+        def run(carry):
+            coarse, main = carry
+            y, main = self.main.step(self._patches(recent, cache.place), main, begins)
+            return jnp.where(begins[:, None, None], self._coarse(y), coarse), main
+
+        coarse, main = jax.lax.cond(jnp.any(begins), run, lambda carry: carry, (cache.coarse, cache.main))
+        local = dataclasses.replace(cache.local, lengths=jnp.where(begins, 0, cache.local.lengths))
+        x = coarse[jnp.arange(inputs.shape[0]), offset] + self._local_inputs(inputs, offset)
+        y, local = self.local.step(x, local)
+        return self.head(y), MegaByteCache(cache.place + 1, recent, main, local, coarse)
+
+    def empty_cache(self, b: int, max_length: int) -> MegaByteCache:
+        """The cache of rows that have seen nothing yet."""
+        c = self.config
+        return MegaByteCache(
+            jnp.zeros(b, jnp.int32), jnp.zeros((b, c.patch), jnp.int32), self.main.empty_cache(b, max_length),
+            self.local.empty_cache(b, c.patch), jnp.zeros((b, c.patch, c.local.d_model), c.dtype),
+        )  # fmt: skip
