@@ -11,7 +11,8 @@ import tyro
 
 import bytelm
 from bytelm import codec
-from bytelm.config import ConfigError, DataConfig
+from bytelm.config import ConfigError, DataConfig, HATConfig
+from bytelm.protocol import ByteLM
 from bytelm.vocab import complete_prefix
 
 EXIT_OK, EXIT_CHECK_FAILED = 0, 1
@@ -46,7 +47,7 @@ def evaluate(args: list[str]) -> int:
     from bytelm.byteview.byte_view import TokenizedLM
     from bytelm.data.pipeline import load_text
     from bytelm.data.sources import open_corpus
-    from bytelm.evals.bpb import bits_per_byte, first_bytes
+    from bytelm.evals.bpb import BitsPerByte, bits_per_byte, first_bytes
     from bytelm.evals.compressors import ppmd_given, xz_given
     from bytelm.lm import NetworkLM
     from bytelm.seq2seq_lm import Seq2SeqLM
@@ -75,16 +76,23 @@ def evaluate(args: list[str]) -> int:
             raise ConfigError(f"{options.model}: the run held out no text: give --text FILE")
     sources = load_text(_run_data(options.model))[0] if options.compare else []
     window = options.window or lm.window
-    result = bits_per_byte(
-        lambda documents: [-s.total for s in lm.score_batch(documents, window=window)],
-        first_bytes(text, options.max_bytes),
-        window,
-    )
+
+    def measure(lm: ByteLM) -> BitsPerByte:
+        return bits_per_byte(
+            lambda documents: [-s.total for s in lm.score_batch(documents, window=window)],
+            first_bytes(text, options.max_bytes), window,
+        )  # fmt: skip
+
+    result, other = measure(lm), None
+    if isinstance(lm, NetworkLM) and isinstance(lm.config, HATConfig):
+        other = measure(lm.released())
     record: dict[str, Any] = {
         "model": str(options.model), "family": lm.config.family if isinstance(lm, NetworkLM) else None,
         "text": name, "bytes": result.bytes, "documents": result.documents, "window": window, "bpb": result.bpb,
     }  # fmt: skip
     lines, tokens = [], None
+    if other is not None:
+        record |= {"bpb_strict": result.bpb, "bpb_released": other.bpb}
     if isinstance(lm, TokenizedLM):
         tokens = bits_per_byte(
             lambda documents: [-total for total in lm.score_tokens(documents)],
@@ -111,6 +119,9 @@ def evaluate(args: list[str]) -> int:
         print(f"  {options.model}: {tokens.bpb:.4f} bits per byte by its own tokens, {result.bpb:.4f} by the byte view")
         return EXIT_OK
     rows = [(str(options.model), result.bpb, "this model"), *((ln.name, ln.bpb, ln.source) for ln in lines)]
+    if other is not None:
+        print(f"  {options.model}: {other.bpb:.4f} bits per byte with released guides, which know of a word before its "
+              "first character is whole; without:")  # fmt: skip
     for label, bpb, remark in sorted(rows, key=lambda row: row[1]):
         print(f"  {label:<28} {bpb:.4f} bits per byte   {remark}" if remark == "this model" else
               f"  {label:<28} {bpb:.3f}  bits per byte   given the same training text; {remark}")  # fmt: skip

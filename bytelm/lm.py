@@ -1,5 +1,6 @@
 """Networks trained on bytes as byte language models, and `load`."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -24,12 +25,13 @@ from bytelm.checkpoint import (
     restore_params,
     stored_config,
 )
-from bytelm.config import Config, ConfigError, MeshConfig, ModelConfig, T5Config
+from bytelm.config import Config, ConfigError, HATConfig, MeshConfig, ModelConfig, T5Config
+from bytelm.data.words import WordRule
 from bytelm.generate import bucket, generate_bytes, pad_rows, visible_inputs
 from bytelm.interop import token_lm
 from bytelm.interop.gguf_file import open_gguf
 from bytelm.interop.published import NO_MODEL, is_model, open_model, open_tensors, read_record, weights_file
-from bytelm.models.build import Params, byte_ids, structure
+from bytelm.models.build import Params, byte_ids, structure, word_rule
 from bytelm.parallel.mesh import make_mesh
 from bytelm.parallel.rules import TOKEN_RULES, state_shardings
 from bytelm.protocol import ByteLM, Score, Text, in_context, log_softmax, no_inputs
@@ -39,8 +41,9 @@ from bytelm.windows import DEFAULT_WINDOW, document_windows
 
 
 @partial(jax.jit, static_argnames="graph")
-def _forward(graph, params, symbols, inputs):
-    return nnx.merge(graph, params)(inputs).logits[..., symbols]
+def _forward(graph, params, symbols, inputs, marks=None):
+    more = {} if marks is None else {"marks": marks}
+    return nnx.merge(graph, params)(inputs, **more).logits[..., symbols]
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -83,6 +86,17 @@ class NetworkLM(ByteLM):
         self._symbols = self.ids.symbol_ids()
         self._possible = self.ids.possible()
         self._batch_bytes = batch_bytes
+        self._marks: WordRule | None = None  # how rows to score are marked; None: the network finds its units
+
+    def released(self) -> "NetworkLM":
+        """The same HAT, scoring as it is published: guides change with a word's first byte, before a reader of bytes
+        can know of the word. Its other answers stay as they are. Raises ConfigError for other families."""
+        if not isinstance(self.config, HATConfig):
+            raise ConfigError(f"a {self.config.family} model has no guides that could be released ones")
+        other = copy.copy(self)
+        other.graph, _ = structure(dataclasses.replace(self.config, guide="released"))
+        other._marks = word_rule(self.config)
+        return other
 
     def _batches(self, rows: list[NDArray[np.int32]]) -> Iterator[tuple[list[int], NDArray, NDArray]]:
         """Groups rows of like length into padded batches: (indices, inputs, lengths)."""
@@ -123,7 +137,11 @@ class NetworkLM(ByteLM):
             for start, x, y in self._text_windows(context, text, window)
         ]
         for group, padded, _ in self._batches([x for _, _, x, _ in rows]):
-            logits = np.asarray(_forward(self.graph, self.params, self._symbols, padded))
+            marks = None
+            if self._marks is not None:
+                found = [self._marks.marks(row.astype(np.uint8).tobytes()) for row in padded]
+                marks = np.stack(found).astype(np.int32)
+            logits = np.asarray(_forward(self.graph, self.params, self._symbols, padded, marks))
             for line, row in zip(logits, group):
                 n, start, x, y = rows[row]
                 scored = log_softmax(line[len(x) - len(y) : len(x)], self._possible)

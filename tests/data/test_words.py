@@ -9,9 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytelm.config import ConfigError
+from bytelm.config import ConfigError, HATConfig
 from bytelm.data import words
+from bytelm.data.pieces import Pieces
+from bytelm.data.sources import open_corpus
 from bytelm.data.word_rule import automaton, properties, segment_starts, unicode_version, word_starts
+from bytelm.data.words import WordRule
+from bytelm.models.build import byte_ids
 
 TEST_FILE = Path(__file__).parent / "WordBreakTest.txt"
 # Characters of every class and flag, and how they meet: the ones that the rule tells apart.
@@ -151,6 +155,18 @@ def test_prefixes_are_stable_but_for_marks_that_are_no_punctuation():
 def test_known_with_the_last_byte_of_the_first_character():
     unknown = words.marks("é你\n".encode() + b"\xe4\xbdA\x80") >> words.UNKNOWN_SHIFT
     assert unknown.tolist() == [1, 0, 1, 1, 0, 0, 1, 2, 0, 0]
+
+
+def test_pieces_carry_the_marks_of_their_document(tmp_path):
+    """Each input of a piece is marked as in the whole document, wherever it was cut; the start symbol is a word."""
+    text = ("Größe 1⁄2 (of 3).\n你好 don't 🇩🇪 " * 9).encode() + b"\xe4\xbd tail"
+    (tmp_path / "a.txt").write_bytes(text)
+    corpus = open_corpus((str(tmp_path / "a.txt"),))
+    pieces = Pieces(corpus, 13, byte_ids(HATConfig()), words=WordRule("unicode", 8))
+    columns = np.concatenate([pieces[i]["columns"] for i in range(len(pieces))])
+    assert columns[0, 3] == words.START | words.CAUSAL_START
+    np.testing.assert_array_equal(columns[1:, 3], words.marks(text, "unicode", 8))
+    np.testing.assert_array_equal(columns[1:, 0], np.frombuffer(text, np.uint8))
 
 
 def test_bad_arguments():
