@@ -125,8 +125,8 @@ class Vocabulary:
 
 
 def check_added(names: Iterable[str], where: str) -> None:
-    """Raises ConfigError where a tokenizer takes ordinary text for a token before it cuts words. Names in brackets, such
-    as <tool_call>, or in DeepSeek's wide bars are taken as control tokens."""
+    """Raises ConfigError where a tokenizer takes ordinary text for a token before it cuts words. Names in brackets,
+    such as <tool_call>, or in DeepSeek's wide bars are taken as control tokens."""
     plain = [name for name in names if not (name[:1] in "<[｜" and name[-1:] in ">]｜" and len(name) > 2)]
     if plain:
         raise ConfigError(f"{where}: takes {plain[0]!r} for one token wherever it stands (an added token), which the "
