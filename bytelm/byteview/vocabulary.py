@@ -125,9 +125,9 @@ class Vocabulary:
 
 
 def check_added(names: Iterable[str], where: str) -> None:
-    """Raises ConfigError where a tokenizer takes ordinary text for a token before it cuts words. Names in brackets,
-    such as <tool_call>, or in DeepSeek's wide bars are taken as control tokens."""
-    plain = [name for name in names if not (name[:1] in "<[｜" and name[-1:] in ">]｜" and len(name) > 2)]
+    """Raises ConfigError where a tokenizer takes ordinary text for a token before it cuts words. Names that begin as
+    markup does, such as <tool_call>, [INST] or DeepSeek's <dsml: and its wide bars, are taken as control tokens."""
+    plain = [n for n in names if not (n[:1] in "<[｜" and len(n) > 2 and any(c.isalpha() for c in n))]
     if plain:
         raise ConfigError(f"{where}: takes {plain[0]!r} for one token wherever it stands (an added token), which the "
                           "byte view does not know")  # fmt: skip

@@ -58,7 +58,7 @@ def test_patterns_that_are_refused():
 
 
 def test_added_tokens():
-    check_added(["<tool_call>", "[INST]", "<｜User｜>", "｜DSML｜"], "x")
+    check_added(["<tool_call>", "[INST]", "<｜User｜>", "｜DSML｜", "<dsml:"], "x")
     with pytest.raises(ConfigError, match=r"takes '\\n\\n' for one token"):
         check_added(["<h1>", "\n\n"], "x")
 
