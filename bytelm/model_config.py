@@ -200,6 +200,9 @@ class HNetConfig:
     rope_dim: tuple[int, ...] = (0,)  # rotated features per head; 0 = all
     ssm: SSMConfig = field(default_factory=SSMConfig)  # shape of the Mamba-2 blocks of every stage
     targets: tuple[float, ...] = (6.0,)  # N: elements per chunk that the ratio loss asks for, one per level
+    chunker: Literal["learned", "spacelike", "words", "space_words", "fixed", "random"] = (
+        "learned"  # what cuts bytes into chunks: the router, or a rule in its place (fixed, random: by targets[0])
+    )
     ratio_weight: float = 0.03  # alpha: weight of the ratio losses
     lr_multipliers: tuple[float, ...] = ()  # learning-rate factor of each stage; empty = the paper's equation 11
     bytes_per_token: float = 4.6  # N_GPT of that equation: bytes per token of the tokenizer it is matched to
@@ -237,6 +240,10 @@ class HNetConfig:
             len(self.lr_multipliers) in (0, levels + 1) and all(m > 0 for m in self.lr_multipliers),
             f"model.lr_multipliers={self.lr_multipliers}: give a factor above 0 for each of the {levels + 1} stages, "
             "or none for the paper's",
+        )
+        require(
+            self.chunker == "learned" or levels > 0,
+            f"model.chunker={self.chunker!r}: model.arch_layout={self.arch_layout!r} has no level that cuts bytes",
         )
         require(self.ratio_weight >= 0, f"model.ratio_weight={self.ratio_weight}: must not be negative")
         require(self.bytes_per_token > 0, f"model.bytes_per_token={self.bytes_per_token}: must be above 0")

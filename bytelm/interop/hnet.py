@@ -241,6 +241,8 @@ def _scalar(value: Any, name: str) -> int:
 def reference_config(config: HNetConfig) -> dict[str, Any]:
     """The reference's JSON of a config. Raises ConfigError for what the reference cannot express."""
     levels = config.levels
+    if config.chunker != "learned":
+        raise ConfigError(f"model.chunker={config.chunker!r}: the reference knows learned boundaries only")
     stacks = [config.stack(s, "encoder" if s < levels else "main") for s in range(levels + 1)]
     mlp = [any(c.isupper() for p in _parts(config, s) for c in config.stack(s, p).layout) for s in range(levels + 1)]
     for s, stack in enumerate(stacks):

@@ -139,5 +139,6 @@ def forward_flops(config: FlatConfig | UnitConfig, t: int, bytes_per_chunk: Sequ
             return total + stack_flops(config.stack(s, "main"), rows) / span
         d = config.d_model[s]
         ends = sum(stack_flops(config.stack(s, part), rows) for part in ("encoder", "decoder"))
-        total += (ends + 3 * 2 * d * d) / span  # the router's two projections and the residual's
+        routed = s > 0 or config.chunker == "learned"
+        total += (ends + (3 if routed else 1) * 2 * d * d) / span  # the residual's projection and the router's two
     raise AssertionError("a stage is missing")

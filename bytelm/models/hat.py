@@ -22,7 +22,7 @@ from bytelm.models.base import Level, Output
 from bytelm.models.chunk_metrics import level_metrics
 from bytelm.models.chunking import segment_starts
 from bytelm.models.units import Units, make_units
-from bytelm.models.word_steps import DECIDED, WAITING, WordState, new_words, read_byte, word_marks
+from bytelm.models.word_steps import DECIDED, WAITING, WordState, new_words, read_byte, word_marks, words_behind
 from bytelm.nn.cache import StackCache
 from bytelm.nn.layers import Embedding, HeadNorm, Linear, make_norm, rotate, wide
 from bytelm.nn.segment import segment_softmax
@@ -240,12 +240,7 @@ class HAT(nnx.Module):
         units, reads = self._units(inputs, None, None, None)
         rows, last = jnp.arange(b), lengths - 1
 
-        def read(s, column):
-            byte, i = column
-            new, _, _ = read_byte(s, byte, self.config.rule, self.config.max_word)
-            return jax.tree.map(lambda a, b: jnp.where(i < lengths, a, b), new, s), None
-
-        words, _ = jax.lax.scan(read, new_words(b), (inputs.T, jnp.arange(t)))
+        words = words_behind(inputs, lengths, self.config.rule, self.config.max_word)
         h, encoder = self.encoder.prefill(self.embed(inputs), lengths, max_length)
         index = jnp.where(words.waiting == lengths, -1, reads[rows, last])  # of the word that each row is in
         o, backbone = self.backbone.prefill(self.pool(h, units), jnp.maximum(index, 0), max_length)

@@ -8,7 +8,7 @@ slots per row (`nn/compaction.py`): without a `capacity`, as many as there are p
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from bytelm.models.chunking import (
     smooth_step,
     straight_through,
 )
+from bytelm.models.told import ToldState, no_bytes, told_behind, told_boundaries, told_step
 from bytelm.nn.cache import StackCache
 from bytelm.nn.compaction import compact, expand, newest_slot, slot_positions
 from bytelm.nn.layers import Embedding, Linear, wide
@@ -47,6 +48,7 @@ class Row:
     position: Int[Array, "b t"]
     valid: Bool[Array, "b t"]
     segments: Int[Array, "b t"] | None  # None: one document per row
+    told: Bool[Array, "b t"] | None = None  # boundaries of a rule in the router's place
 
 
 @jax.tree_util.register_dataclass
@@ -59,6 +61,7 @@ class StageCache:
     last: Float[Array, "b d"]  # encoder output of the step before
     value: Float[Array, "b e"]  # smoothed output of the inner network at the newest chunk
     inner: Any  # StageCache, or StackCache of the innermost stage
+    told: ToldState | None = None  # of a rule in the router's place
 
 
 @jax.tree_util.register_dataclass
@@ -145,12 +148,16 @@ class Stage(Widening):
         additions += residual_additions(encoder.layout) + residual_additions(decoder.layout)
         options = dict(std=config.init_std, dtype=config.dtype, out_scale=1 / math.sqrt(additions), rngs=rngs)
         self.encoder, self.decoder = Stack(encoder, **options), Stack(decoder, **options)
-        self.router = Router(d, rngs=rngs)
+        if stage or config.chunker == "learned":
+            self.router = Router(d, rngs=rngs)
         self.residual = Residual(d, rngs=rngs)
         self.inner = _make_stage(config, stage + 1, d, additions, rngs)
         self.dtype = config.dtype
 
     def _route(self, e, row: Row) -> Routing:
+        if row.told is not None:
+            boundary = row.told & row.valid
+            return Routing(boundary.astype(jnp.float32), boundary)
         starts = segment_starts(row.segments, *e.shape[:2])
         return route(self.router.q(e), self.router.k(e), starts, row.valid)
 
@@ -183,29 +190,36 @@ class Stage(Widening):
         level = Level(row.position, row.valid, routing.probability, routing.boundary)
         return y[..., : self.outer], (level, *levels)
 
-    def prefill(self, x, lengths: Int[Array, " b"], max_length: int):
-        """Forward over right-padded rows, at full capacity, and the cache after `lengths` elements (at least 1)."""
+    def prefill(self, x, lengths: Int[Array, " b"], max_length: int, told: Any = None):
+        """Forward over right-padded rows, at full capacity, and the cache after `lengths` elements (at least 1).
+        `told`: boundaries of a rule, and its state behind them."""
         b, t = x.shape[:2]
         e, encoder = self.encoder.prefill(self._widen(x), lengths, max_length)
         index = jnp.broadcast_to(jnp.arange(t), (b, t))
-        row = Row(index, index < lengths[:, None], None)
+        row = Row(index, index < lengths[:, None], None, told and told[0])
         routing = self._route(e, row)
         chunks, probability, _ = self._chunks(e, routing, row, t)
         count = jnp.sum(routing.boundary, axis=1)
         z, inner = self.inner.prefill(chunks, count, max_length)
         smoothed = smooth(z, probability, segment_starts(None, b, t))
         y, decoder = self.decoder.prefill(self._join(smoothed, routing, self.residual(e)), lengths, max_length)
-        cache = StageCache(encoder, decoder, _at(e, lengths - 1), _at(smoothed, count - 1), inner)
+        last = _at(e, lengths - 1)
+        cache = StageCache(encoder, decoder, last, _at(smoothed, count - 1), inner, told and told[1])
         return y[..., : self.outer], cache
 
-    def front(self, x, cache: StageCache, active: Bool[Array, " b"]) -> tuple[Pending, StageCache]:
-        """The first half of a step, up to the router."""
+    def front(
+        self, x, cache: StageCache, active: Bool[Array, " b"], told: Bool[Array, " b"] | None = None
+    ) -> tuple[Pending, StageCache]:
+        """The first half of a step, up to the router or the boundaries `told` in its place."""
         first = cache.encoder.lengths == 0
         e, encoder = self.encoder.step(self._widen(x), cache.encoder, active)
-        p = jnp.where(first, 1.0, boundary_probability(self.router.q(cache.last), self.router.k(e)))
+        if told is None:
+            p = jnp.where(first, 1.0, boundary_probability(self.router.q(cache.last), self.router.k(e)))
+        else:
+            p = told.astype(jnp.float32)
         pending = Pending(e, self.residual(e), p, (p > 0.5) & active)
         last = jnp.where(active[:, None], e, cache.last)
-        return pending, StageCache(encoder, cache.decoder, last, cache.value, cache.inner)
+        return pending, replace(cache, encoder=encoder, last=last)
 
     def ask_inner(self, pending: Pending, cache: StageCache, rows: Bool[Array, " b"]) -> StageCache:
         """Runs the inner network for `rows`, if there are any: only their state advances."""
@@ -213,14 +227,14 @@ class Stage(Widening):
         def run(cache):
             z, inner = self.inner.step(pending.encoded, cache.inner, rows)
             value = jnp.where(rows[:, None], smooth_step(z, pending.probability, cache.value), cache.value)
-            return StageCache(cache.encoder, cache.decoder, cache.last, value, inner)
+            return replace(cache, value=value, inner=inner)
 
         return jax.lax.cond(jnp.any(rows), run, lambda cache: cache, cache)
 
     def back(self, pending: Pending, cache: StageCache, active: Bool[Array, " b"]):
         """The second half of a step: the decoder."""
         y, decoder = self.decoder.step((cache.value + pending.residual).astype(self.dtype), cache.decoder, active)
-        return y[..., : self.outer], StageCache(cache.encoder, decoder, cache.last, cache.value, cache.inner)
+        return y[..., : self.outer], replace(cache, decoder=decoder)
 
     def step(self, x, cache: StageCache, active: Bool[Array, " b"]):
         """One element per active row; rows may be at different places of their chunks."""
@@ -255,6 +269,7 @@ class HNet(nnx.Module):
 
     def __init__(self, config: HNetConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.told = config.chunker != "learned"
         d = config.d_model[0]
         self.embed = Embedding(VOCABULARY, d, std=config.embed_std, dtype=config.dtype, rngs=rngs)
         self.backbone = _make_stage(config, 0, d, 0, rngs)
@@ -263,6 +278,12 @@ class HNet(nnx.Module):
 
     def _logits(self, y):
         return self.embed.attend(y) if self.config.tie_embeddings else self.head(y)
+
+    def _told(self, inputs, segments) -> Bool[Array, "b t"] | None:
+        """Boundaries of the rule that stands in the outermost router's place, if one does."""
+        if not self.told:
+            return None
+        return told_boundaries(self.config.chunker, self.config.targets[0], inputs, segments)
 
     def __call__(
         self,
@@ -277,12 +298,14 @@ class HNet(nnx.Module):
         """
         b, t = inputs.shape
         position = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-        row = Row(position, jnp.ones((b, t), bool) if segments is None else segments > 0, segments)
+        valid = jnp.ones((b, t), bool) if segments is None else segments > 0
+        row = Row(position, valid, segments, self._told(inputs, segments))
         y, levels = self.backbone(self.embed(inputs), row, capacity)
         loss, metrics = jnp.zeros((), jnp.float32), {}
         for i, (level, target) in enumerate(zip(levels, self.config.targets)):
             fraction, probability = boundary_means(Routing(level.probability, level.boundary), level.valid)
-            ratio = ratio_loss(fraction, probability, target)
+            told = i == 0 and row.told is not None
+            ratio = jnp.zeros(()) if told else ratio_loss(fraction, probability, target)
             loss += ratio
             slots = None if capacity is None else capacity[i]
             found = level_metrics(level, inputs, row.valid, slots)
@@ -294,20 +317,30 @@ class HNet(nnx.Module):
         self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int
     ) -> tuple[Float[Array, "b v"], Any]:
         """Logits after each row's last input and the cache behind it; rows are right-padded, lengths at least 1."""
-        y, cache = self.backbone.prefill(self.embed(inputs), lengths, max_length)
+        told = self._told(inputs, None)
+        more = () if told is None else ((told, told_behind(self.config.chunker, inputs, lengths)),)
+        y, cache = self.backbone.prefill(self.embed(inputs), lengths, max_length, *more)
         return self._logits(_at(y, lengths - 1)), cache
 
     def step(self, inputs: Int[Array, " b"], cache: Any) -> tuple[Float[Array, "b v"], Any]:
         """Logits after one more input per row."""
-        y, cache = self.backbone.step(self.embed(inputs), cache, jnp.ones(inputs.shape, bool))
-        return self._logits(y), cache
+        every = jnp.ones(inputs.shape, bool)
+        if not self.told:
+            y, cache = self.backbone.step(self.embed(inputs), cache, every)
+            return self._logits(y), cache
+        pending, cache = self.front(inputs, cache, every)
+        return self.back(pending, self.ask_inner(pending, cache, pending.boundary), every)
 
     def front(
         self, inputs: Int[Array, " b"], cache: StageCache, active: Bool[Array, " b"]
     ) -> tuple[Pending, StageCache]:
         """The first half of a step of the active rows, up to the outermost router."""
         assert isinstance(self.backbone, Stage)
-        return self.backbone.front(self.embed(inputs), cache, active)
+        boundary = None
+        if cache.told is not None:
+            state, boundary = told_step(self.config.chunker, self.config.targets[0], cache.told, inputs, active)
+            cache = replace(cache, told=state)
+        return self.backbone.front(self.embed(inputs), cache, active, boundary)
 
     def ask_inner(self, pending: Pending, cache: StageCache, rows: Bool[Array, " b"]) -> StageCache:
         """Runs the inner network for rows that stand at a boundary."""
@@ -324,4 +357,5 @@ class HNet(nnx.Module):
 
     def empty_cache(self, b: int, max_length: int) -> Any:
         """The cache of rows that have seen nothing yet."""
-        return self.backbone.empty_cache(b, max_length)
+        cache = self.backbone.empty_cache(b, max_length)
+        return replace(cache, told=no_bytes(b)) if isinstance(cache, StageCache) and self.told else cache

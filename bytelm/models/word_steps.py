@@ -75,6 +75,18 @@ def read_byte(
     return WordState(state, waiting, need, point, low, high, length), decided, starts & (place < decided[:, None])
 
 
+def words_behind(inputs: Int[Array, "b t"], lengths: Int[Array, " b"], rule: str, max_word: int) -> WordState:
+    """The state behind right-padded rows."""
+
+    def one(s, column):
+        byte, i = column
+        new, _, _ = read_byte(s, byte, rule, max_word)
+        return jax.tree.map(lambda a, b: jnp.where(i < lengths, a, b), new, s), None
+
+    b, t = inputs.shape
+    return jax.lax.scan(one, new_words(b), (inputs.T, jnp.arange(t)))[0]
+
+
 def word_marks(
     inputs: Int[Array, "b t"], restarts: Bool[Array, "b t"], rule: str, max_word: int
 ) -> tuple[Bool[Array, "b t"], Int[Array, "b t"]]:
