@@ -47,7 +47,7 @@ def split(text: str, rule: str = "unicode", max_bytes: int = 0) -> list[str]:
 def split_bytes(data: bytes, rule: str = "unicode", max_bytes: int = 0) -> NDArray[np.int64]:
     """Offsets at which the words of a text begin."""
     _check(rule, max_bytes)
-    return np.flatnonzero(_starts(data, rule, max_bytes)[0])
+    return np.flatnonzero(_starts(data, rule, max_bytes, looks=(True,))[0])
 
 
 def marks(data: bytes, rule: str = "unicode", max_bytes: int = 0) -> NDArray[np.uint8]:
@@ -89,24 +89,26 @@ def _decode(data: bytes) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
     return points, np.concatenate([[0], np.cumsum(widths)])
 
 
-def _starts(data: bytes, rule: str, max_bytes: int, base: int = 0) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Whether a word begins at each byte, with and without look-ahead, for a text that stands at `base` of its
-    document, where the rule begins."""
+def _starts(
+    data: bytes, rule: str, max_bytes: int, base: int = 0, looks: tuple[bool, ...] = (True, False)
+) -> list[NDArray[np.bool_]]:
+    """Whether a word begins at each byte, with and without look-ahead (as `looks` asks), for a text that stands at
+    `base` of its document, where the rule begins."""
     cuts = [0, *_restarts(data, rule, base), len(data)]
     if len(cuts) > 2:
-        parts = [_starts(data[a:b], rule, max_bytes, base + a) for a, b in itertools.pairwise(cuts)]
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+        parts = [_starts(data[a:b], rule, max_bytes, base + a, looks) for a, b in itertools.pairwise(cuts)]
+        return [np.concatenate(masks) for masks in zip(*parts)]
     points, offset = _decode(data)
     code = properties()[points]
     out = []
-    for lookahead in (True, False):
+    for lookahead in looks:
         starts = word_starts(code, rule, lookahead)
         if max_bytes:
             _cut_long(starts, offset, max_bytes)
         whole = np.zeros(len(data), bool)
         whole[offset[:-1][starts]] = True
         out.append(whole)
-    return out[0], out[1]
+    return out
 
 
 def _cut_long(starts: NDArray[np.bool_], offset: NDArray[np.int64], max_bytes: int) -> None:
