@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bytelm.hierarchical_config import HATConfig, MegaByteConfig, SpaceByteConfig
+from bytelm.hierarchical_config import HAT_RESERVED, HATConfig, MegaByteConfig, SpaceByteConfig
 from bytelm.model_config import (
     ArchLayout,
     CapacityConfig,
@@ -30,7 +30,7 @@ from bytelm.model_config import (
 )
 
 __all__ = [
-    "ArchLayout", "CapacityConfig", "CheckpointConfig", "Config", "ConfigError", "DType", "DataConfig",
+    "HAT_RESERVED", "ArchLayout", "CapacityConfig", "CheckpointConfig", "Config", "ConfigError", "DType", "DataConfig",
     "DeletionConfig", "EvalConfig",
     "FlatConfig", "HATConfig", "HNetConfig", "HostsConfig", "MegaByteConfig", "MeshConfig", "ModelConfig",
     "OptimConfig", "Remat", "SSMConfig",
@@ -271,6 +271,15 @@ class Config:
             self.data.batch_size % self.train.grad_accum == 0,
             f"train.grad_accum={self.train.grad_accum} does not divide data.batch_size={self.data.batch_size}",
         )
+        positions = getattr(self.model, "positions", 0)
+        if positions:
+            patch = getattr(self.model, "patch", 1)
+            needed = -(-self.data.seq_len // patch) * patch
+            require(
+                positions >= needed,
+                f"data.seq_len={self.data.seq_len}: model.positions={positions} learned positions are too few, it "
+                f"needs {needed}; shorten the rows, or set model.positions=0",
+            )
         reads = isinstance(self.model, T5Config)
         require(
             reads == (self.data.task != "text"),

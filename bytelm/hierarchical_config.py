@@ -5,6 +5,7 @@ from typing import Literal
 
 from bytelm.model_config import CapacityConfig, DType, StackConfig, require
 
+HAT_RESERVED = (0xC0, 0xC1, *range(0xF5, 0x100))  # never in UTF-8: special symbols are among them
 HAT_END = 192  # <|eot_id|>, behind a document, and in front of it where there is no symbol for that
 
 
@@ -33,13 +34,14 @@ class HATConfig:
     pool_kv_heads: int = 0  # its key and value heads; 0 = pool_heads
     pool_norm: Literal["none", "head", "all"] = "none"  # norm its query and keys: each head by itself, or all together
     pool_theta: float = 10000.0  # base of its rotary frequencies (phase: word number - byte number)
+    pool_stretch: tuple[float, ...] = ()  # their scaling, as a stack's rope_stretch; empty = none
     guide_heads: int = 4  # heads of the guide's value projection; they matter only beside guide_kv_heads
     guide_kv_heads: int = 0  # heads that it really has; 0 = guide_heads
     guide_every_layer: bool = True  # guide every decoder layer, or only the first
     rule: Literal["unicode", "space"] = "unicode"  # where words begin
     max_word: int = 100  # bytes of a word; longer ones are cut; 0 = never
     guide: Literal["released", "strict"] = "released"  # training: the guide changes with a word's first byte, as
-    # released, or once its first character is whole, as it must when text is made
+    # released, or once its first character is whole, as it must when text is made (and in held-out evaluation)
     start: int = HAT_END  # id in front of a document
     capacity: CapacityConfig = field(default_factory=_slots)  # word slots in training
     dtype: DType = "float32"  # compute type; parameters are float32 always
@@ -58,9 +60,14 @@ class HATConfig:
             (self.backbone.d_model // self.pool_heads) % 2 == 0, f"model.pool_heads={self.pool_heads}: odd head width"
         )
         require(self.max_word == 0 or self.max_word >= 4, f"model.max_word={self.max_word}: at least 4, or 0 for none")
-        require(0 <= self.start < 256, f"model.start={self.start}: must be a byte that UTF-8 never has")
+        require(self.start in HAT_RESERVED, f"model.start={self.start}: must be a byte that UTF-8 never has")
+        require(
+            len(self.pool_stretch) in (0, 4),
+            f"model.pool_stretch={self.pool_stretch}: give factor, low and high frequency factor, original context",
+        )
 
     levels = 1  # chunking levels
+    longest_row = 0  # no limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +96,14 @@ class SpaceByteConfig:
 
     levels = 1
 
+    @property
+    def longest_row(self) -> int:
+        """Bytes of a row that learned positions and slots suffice for, whatever the text is (two bytes a patch); 0: any
+        number."""
+        needed = self.period if self.patches == "periodic" else 2
+        by_slots = max(needed * self.slots - 1, 1) if self.slots else 0
+        return min(self.positions or by_slots, by_slots or self.positions)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MegaByteConfig:
@@ -113,3 +128,8 @@ class MegaByteConfig:
         require(self.local.window == 0, f"model.local.window={self.local.window}: the local stack sees its patch: 0")
 
     levels = 1
+
+    @property
+    def longest_row(self) -> int:
+        """Bytes of a row that learned positions suffice for; 0: any number."""
+        return self.positions // self.patch * self.patch

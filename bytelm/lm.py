@@ -72,7 +72,7 @@ class NetworkLM(ByteLM):
         """`context` is the row length it was trained on; forward passes take about `batch_bytes` positions at once.
 
         `reserved`: what happens to bytes in a text that the family keeps for itself: error, or replace (by U+FFFD).
-        `wait`: in batched generation with a model that chunks, rows wait at their boundaries until this share of them
+        `wait`: in batched generation with an H-Net, rows wait at their boundaries until this share of them
         does, so that the inner network runs less often; 0: they never wait. The bytes are the same.
         """
         if not 0 <= wait <= 1:
@@ -81,7 +81,8 @@ class NetworkLM(ByteLM):
         self.params = params
         self.ids = byte_ids(config, reserved)
         self.wait = wait
-        self.window = min(DEFAULT_WINDOW, context)
+        longest = getattr(config, "longest_row", 0) or context
+        self.window = min(DEFAULT_WINDOW, context, longest)
         self.graph, _ = structure(config)
         self._symbols = self.ids.symbol_ids()
         self._possible = self.ids.possible()
@@ -139,8 +140,11 @@ class NetworkLM(ByteLM):
         for group, padded, _ in self._batches([x for _, _, x, _ in rows]):
             marks = None
             if self._marks is not None:
-                found = [self._marks.marks(row.astype(np.uint8).tobytes()) for row in padded]
-                marks = np.stack(found).astype(np.int32)
+                marks = np.zeros(padded.shape, np.int32)
+                for line, row in zip(marks, group):
+                    _, _, x, y = rows[row]  # with the byte behind the inputs, whose first bytes may be the row's last
+                    text = x.astype(np.uint8).tobytes() + bytes([y[-1]])
+                    line[: len(x)] = self._marks.marks(text)[: len(x)]
             logits = np.asarray(_forward(self.graph, self.params, self._symbols, padded, marks))
             for line, row in zip(logits, group):
                 n, start, x, y = rows[row]
@@ -176,7 +180,7 @@ class NetworkLM(ByteLM):
 
     def boundaries(self, text: Text) -> list[Boundaries]:
         def levels_of(row: NDArray[np.int32]):
-            inputs, _ = pad_rows([row], 1, bucket(len(row), 32))
+            inputs, _ = pad_rows([row], 1, bucket(len(row) + 1, 32))  # room behind it, to see that a character is none
             return first_rows(_levels(self.graph, self.params, inputs))
 
         return text_boundaries(levels_of, encode(text), self.ids, self.window)

@@ -88,6 +88,11 @@ def unicode_version() -> str:
         return str(file["version"])
 
 
+def settles_nothing(code: NDArray[np.uint16]) -> NDArray[np.bool_]:
+    """Characters behind which a rule that looks ahead still looks: those that go with the one before, white space."""
+    return _IGNORED[code & CLASS_BITS] | ((code & SPACE) > 0)
+
+
 def segment_starts(code: NDArray[np.uint16], lookahead: bool = True) -> NDArray[np.bool_]:
     """Whether a UAX #29 word segment begins at each character. Without `lookahead` a letter or digit never waits for
     what follows the mark behind it: WB6, WB7, WB7b, WB7c, WB11 and WB12 are left out."""

@@ -15,12 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bytelm.config import ConfigError
-from bytelm.data.word_rule import CAUSAL_START, INVALID, START, UNKNOWN_SHIFT, automaton, properties, word_starts
+from bytelm.data.word_rule import (
+    CAUSAL_START,
+    CLASS_BITS,
+    INVALID,
+    START,
+    UNKNOWN_SHIFT,
+    automaton,
+    properties,
+    settles_nothing,
+    word_starts,
+)
 from bytelm.vocab import complete_prefix, encode, utf8_length
 
 RULES = ("unicode", "space")
 BLOCK = 1 << 14
-LOOK = 64  # bytes read behind a stretch, for the cases where the rule looks ahead
+NEAR = 8  # bytes behind a multiple of BLOCK in which such places are not looked for
+LOOK = 64  # bytes read behind a stretch, for the cases where the rule looks ahead; more where they are not enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +69,28 @@ def marks(data: bytes, rule: str = "unicode", max_bytes: int = 0) -> NDArray[np.
 def stretch_marks(
     read: Callable[[int, int], bytes], size: int, begin: int, end: int, rule: str = "unicode", max_bytes: int = 0
 ) -> NDArray[np.uint8]:
-    """The marks of bytes begin:end of a document of `size` bytes, equal to those of the whole document.
-
-    `read(a, b)` gives its bytes a:b."""
+    """The marks of bytes begin:end of a document of `size` bytes, equal to those of the whole document (but for what
+    follows over BLOCK bytes of characters that only go with the one before). `read(a, b)` gives its bytes a:b."""
     _check(rule, max_bytes)
     first = _restart(read, begin, rule)
-    data = read(first, min(end + LOOK, size))
+    data = read(first, _far_enough(read, size, end))
     starts, causal = _starts(data, rule, max_bytes, first)
     known = np.bincount(_known(data, np.flatnonzero(causal)), minlength=len(data) + 1)[:-1]
     unknown = np.cumsum(causal) - np.cumsum(known)
     out = starts * START + causal * CAUSAL_START + (unknown << UNKNOWN_SHIFT)
     return out[begin - first : end - first].astype(np.uint8)
+
+
+def _far_enough(read: Callable[[int, int], bytes], size: int, end: int) -> int:
+    """How far to read so that all that the rule says up to `end` is decided: two characters behind it that are neither
+    white nor go with the one before."""
+    for look in (LOOK, 16 * LOOK, BLOCK):
+        if end + look >= size:
+            return size
+        code = properties()[_decode(read(end, end + look))[0]]
+        if (~settles_nothing(code) & ((code & CLASS_BITS) != INVALID)).sum() > 2:
+            break
+    return end + look
 
 
 def _check(rule: str, max_bytes: int) -> None:
@@ -94,20 +116,15 @@ def _starts(
 ) -> list[NDArray[np.bool_]]:
     """Whether a word begins at each byte, with and without look-ahead (as `looks` asks), for a text that stands at
     `base` of its document, where the rule begins."""
-    cuts = [0, *_restarts(data, rule, base), len(data)]
-    if len(cuts) > 2:
-        parts = [_starts(data[a:b], rule, max_bytes, base + a, looks) for a, b in itertools.pairwise(cuts)]
-        return [np.concatenate(masks) for masks in zip(*parts)]
-    points, offset = _decode(data)
-    code = properties()[points]
-    out = []
-    for lookahead in looks:
-        starts = word_starts(code, rule, lookahead)
-        if max_bytes:
-            _cut_long(starts, offset, max_bytes)
-        whole = np.zeros(len(data), bool)
-        whole[offset[:-1][starts]] = True
-        out.append(whole)
+    out = [np.zeros(len(data), bool) for _ in looks]
+    for a, b in itertools.pairwise([0, *_restarts(data, rule, base), len(data)]):
+        points, offset = _decode(data[a:b])
+        code = properties()[points]
+        for lookahead, whole in zip(looks, out):
+            starts = word_starts(code, rule, lookahead)
+            if max_bytes:
+                _cut_long(starts, offset, max_bytes)
+            whole[a + offset[:-1][starts]] = True
     return out
 
 
@@ -129,21 +146,22 @@ def _known(data: bytes, starts: NDArray[np.int64]) -> NDArray[np.int64]:
     points, offset = _decode(data)
     invalid = offset[:-1][properties()[points] == INVALID]
     for s in np.intersect1d(invalid, starts, assume_unique=True).tolist():
-        ends = (e for e in range(s, len(data)) if _decided(data[: e + 1], s))
+        ends = (e for e in range(s, min(s + 4, len(data))) if _decided(data, e + 1, s))
         known[np.searchsorted(starts, s)] = next(ends, len(data))
     return known
 
 
-def _decided(data: bytes, at: int) -> bool:
-    """Whether the byte `at` can no longer be part of a character that goes on behind `data`."""
-    tail = max(len(data) - 4, 0)
-    return tail + complete_prefix(data[tail:]) > at
+def _decided(data: bytes, end: int, at: int) -> bool:
+    """Whether the byte `at` can no longer be part of a character that goes on behind data[:end]."""
+    tail = max(end - 4, 0)
+    return tail + complete_prefix(data[tail:end]) > at
 
 
 def _safe(x: NDArray[np.uint8], rule: str) -> NDArray[np.int64]:
     """Places from the fourth byte on where a word begins whatever comes before, and where what comes before does not
     matter for later ones: behind a line's end, at a space behind a character of the common scripts, between two Chinese
-    characters; by the `space` rule at a letter or digit behind white space. Some, not all, of these places."""
+    characters, at a Thai consonant behind such a script; by the `space` rule at a letter or digit behind white space.
+    Some, not all, of these places."""
     if len(x) < 4:
         return np.zeros(0, np.int64)
     at, before, second, third = x[3:], x[2:-1], x[1:-2], x[:-3]
@@ -153,7 +171,12 @@ def _safe(x: NDArray[np.uint8], rule: str) -> NDArray[np.int64]:
     common = (before < 0x80) & (before != 0x20) | tail & (second >= 0xC3) & (second < 0xE0)
     common |= tail & tail2 & _THREE[third]
     chinese = tail & tail2 & _HAN[third] & _HAN[at]
-    return np.flatnonzero((before == 0x0A) | (at == 0x20) & common | chinese) + 3
+    found = (before == 0x0A) | (at == 0x20) & common | chinese
+    if 0xE0 in x:
+        following = np.append(x[4:], [0, 0])
+        thai = (at == 0xE0) & (following[:-1] == 0xB8) & (following[1:] >= 0x81) & (following[1:] <= 0xAE)
+        found |= thai & tail & tail2 & (third == 0xE0)
+    return np.flatnonzero(found) + 3
 
 
 def _table(*bytes_: int) -> NDArray[np.bool_]:
@@ -171,16 +194,15 @@ _THREE = _HAN | _table(0xE0, 0xEB, 0xEC)  # and of U+0800 to U+0FFF and U+B000 t
 def _restart(read: Callable[[int, int], bytes], position: int, rule: str) -> int:
     """The last place at or before `position` from which a document can be split as if it began there."""
     block = position // BLOCK * BLOCK
-    farthest = max(block - BLOCK, 0)
-    for back in (128, 2048, 3 * BLOCK):
-        low = max(position - back, farthest)
-        found = _safe(np.frombuffer(read(max(low - 2, 0), position + 1), np.uint8), rule)
-        if len(found):
-            return max(low - 2, 0) + int(found[-1])
-        if low == farthest:
-            break
-    if block == 0:
-        return 0
+    for low, high in ((block + NEAR, position), (block - BLOCK + NEAR, block)):
+        for back in (128, 2048, BLOCK):
+            begin = max(high - back, low, 3)
+            if begin <= high:
+                found = _safe(np.frombuffer(read(begin - 3, high + 1), np.uint8), rule)
+                if len(found):
+                    return begin - 3 + int(found[-1])
+        if block == 0:
+            return 0
     return _character(read(block - 3, block + 1), 3) + block - 3
 
 
@@ -193,12 +215,12 @@ def _character(data: bytes, at: int) -> int:
 
 
 def _restarts(data: bytes, rule: str, base: int) -> list[int]:
-    """Places of a text at `base` of its document where the rule is made to begin anew."""
+    """Places of a text at `base` of its document, where the rule begins, at which it is made to begin anew: multiples
+    of BLOCK without a place of their own from NEAR bytes behind the multiple before."""
     out = []
     for at in range(BLOCK - base % BLOCK, len(data), BLOCK):
-        window = np.frombuffer(data[max(at - BLOCK - 2, 0) : at + 1], np.uint8)
-        recent = base + at - BLOCK < base and base % BLOCK > 0  # the text's own beginning is such a place
-        if not recent and not len(_safe(window, rule)):
+        low = at - BLOCK + NEAR
+        if low > 0 and not len(_safe(np.frombuffer(data[low - 3 : at + 1], np.uint8), rule)):
             out.append(_character(data, at))
     return out
 

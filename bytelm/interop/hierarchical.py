@@ -42,14 +42,12 @@ def config_from(record: dict[str, Any], where: str) -> HATConfig | SpaceByteConf
 
 
 def trained_length(record: dict[str, Any], config: HATConfig | SpaceByteConfig | MegaByteConfig) -> int:
-    """Bytes per row that a published model can read. Where patches have learned positions in so many slots, rows are so
-    short that they suffice whatever the text is: two bytes a patch."""
-    if isinstance(config, HATConfig):
-        return int(record.get("config", record).get("max_position_embeddings", 8192))
-    longest = config.positions or 8192
-    if isinstance(config, SpaceByteConfig) and config.slots:
-        needed = config.period if config.patches == "periodic" else 2
-        longest = min(longest, max(needed * config.slots - 1, 1))
+    """Bytes per row that a published model can read. Raises ConfigError for a length that is none."""
+    if not isinstance(config, HATConfig):
+        return config.longest_row or 8192
+    longest = record.get("config", record).get("max_position_embeddings") or 8192
+    if type(longest) is not int or longest < 1:
+        raise ConfigError(f"max_position_embeddings={longest!r}: must be a whole number above 0")
     return longest
 
 
@@ -72,7 +70,10 @@ def used_names(weights: Weights, config: HATConfig | SpaceByteConfig | MegaByteC
 
     seen: set[str] = set()
     params_from(Recording(), config)
-    return seen | {name for name in weights if name.endswith(DEAD)}
+    dead = {name for name in weights if name.endswith(DEAD)}
+    if isinstance(config, HATConfig) and not config.guide_every_layer:  # norms of guides that later layers do not have
+        dead |= {f"decoder.decoder_layers.{i}.kv_norm.weight" for i in _layers(config.decoder) if i} & set(weights)
+    return seen | dead
 
 
 # --- HAT ---
@@ -83,6 +84,8 @@ def _hat_config(r: dict[str, Any]) -> HATConfig:
         c = {**{k: r[k] for k in ("rms_norm_eps", "rope_theta", "rope_scaling") if k in r}, **r[part]}
         if c.get("mlp_bias"):
             raise ConfigError(f"{part}.mlp_bias: biases are not supported")
+        if c.get("is_neox_style") is False:
+            raise ConfigError(f"{part}.is_neox_style=false: interleaved rotary pairs are not supported")
         scaling = c.get("rope_scaling") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in ("default", "llama3"):
@@ -91,22 +94,32 @@ def _hat_config(r: dict[str, Any]) -> HATConfig:
         window = c.get("sliding_window", r.get("sliding_window") if part != "backbone_config" else None)
         return StackConfig(
             layout=f"T{c['num_hidden_layers']}", d_model=c["hidden_size"], num_heads=c["num_attention_heads"],
-            num_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"], head_dim=c.get("head_dim", 0),
-            d_mlp=c["intermediate_size"], window=window or 0, rope_theta=float(c.get("rope_theta", 1e4)),
+            num_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"], head_dim=c.get("head_dim") or 0,
+            d_mlp=c["intermediate_size"], window=window or 0, rope_theta=float(c.get("rope_theta") or 1e4),
             rope_stretch=tuple(float(scaling[k]) for k in stretch) if kind == "llama3" else (),
-            norm_eps=c.get("rms_norm_eps", 1e-5), qk_norm=_qk_norm(c),
+            norm_eps=c.get("rms_norm_eps") or 1e-5, qk_norm=_qk_norm(c),
         )  # fmt: skip
 
     pool, guide = (r[p]["cross_attention_config"] for p in ("encoder_config", "decoder_config"))
-    special = r.get("special_token_dict", {})
+    encoder, backbone, decoder = (stack(f"{part}_config") for part in ("encoder", "backbone", "decoder"))
+    for name, c, width in (("encoder", pool, backbone.d_model), ("decoder", guide, decoder.d_model)):
+        where = f"{name}_config.cross_attention_config"
+        if c.get("word_window_size", 1) != 1:
+            raise ConfigError(f"{where}.word_window_size={c['word_window_size']}: only 1 is supported")
+        if c.get("hidden_size", width) != width:
+            raise ConfigError(f"{where}.hidden_size={c['hidden_size']}: only {width} is supported")
+    end = r.get("eos_token_id") or 192
+    if end != 192:
+        raise ConfigError(f"eos_token_id={end}: only 192 is supported")
+    special = r.get("special_token_dict") or {}
     start = special.get("<|begin_of_text|>", special.get("<|eot_id|>", 192))
     return HATConfig(
-        encoder=stack("encoder_config"), backbone=stack("backbone_config"), decoder=stack("decoder_config"),
-        pool_heads=pool["num_attention_heads"], pool_kv_heads=pool.get("attention_num_kv_heads", 0),
-        pool_norm=_qk_norm(pool), pool_theta=float(r["encoder_config"].get("rope_theta", r.get("rope_theta", 1e4))),
-        guide_heads=guide["num_attention_heads"], guide_kv_heads=guide.get("attention_num_kv_heads", 0),
+        encoder=encoder, backbone=backbone, decoder=decoder,
+        pool_heads=pool["num_attention_heads"], pool_kv_heads=pool.get("attention_num_kv_heads") or 0,
+        pool_norm=_qk_norm(pool), pool_theta=encoder.rope_theta, pool_stretch=encoder.rope_stretch,
+        guide_heads=guide["num_attention_heads"], guide_kv_heads=guide.get("attention_num_kv_heads") or 0,
         guide_every_layer=r["decoder_config"].get("cross_attn_every_layer", True),
-        max_word=r.get("max_word_size", 100), start=start,
+        max_word=r.get("max_word_size") or 100, start=start,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from bytelm.config import HATConfig, parse_layout
+from bytelm.config import HAT_RESERVED, HATConfig, parse_layout
 from bytelm.data.word_rule import CAUSAL_START, START, UNKNOWN_SHIFT
 from bytelm.models.base import Level, Output
 from bytelm.models.chunk_metrics import level_metrics
@@ -30,13 +30,12 @@ from bytelm.nn.stack import Guide, Stack
 from bytelm.parallel.mesh import shard
 from bytelm.vocab import ByteIds
 
-RESERVED = bytes([0xC0, 0xC1, *range(0xF5, 0x100)])  # never in UTF-8: special symbols are among them
 VOCABULARY = 256
 
 
 def hat_ids(config: HATConfig) -> ByteIds:
     """How HAT numbers bytes."""
-    return ByteIds(start=config.start, end=192, reserved=RESERVED)
+    return ByteIds(start=config.start, end=192, reserved=bytes(HAT_RESERVED))
 
 
 def repeat_heads(x: Float[Array, "*b g k"], heads: int) -> Float[Array, "*b h k"]:
@@ -73,7 +72,8 @@ class WordPooling(nnx.Module):
         kind = wide(keys.dtype)
         query = self.q(self.query[...])
         query = (query if self.config.pool_norm == "none" else self.q_norm(query)).astype(kind)
-        turned = rotate(keys, phase, keys.shape[-1], self.config.pool_theta).astype(kind)
+        c = self.config
+        turned = rotate(keys, phase, keys.shape[-1], c.pool_theta, c.pool_stretch).astype(kind)
         return jnp.sum(turned * query, axis=-1) * keys.shape[-1] ** -0.5
 
     def __call__(self, h: Float[Array, "b t d"], units: Units) -> Float[Array, "b c e"]:

@@ -86,6 +86,11 @@ class SpaceByte(nnx.Module):
     def _at_patches(self, x, units: Units):
         return self._widen(compact(x, units.first), compact(units.index, units.first))
 
+    def _add_patches(self, x, y, units: Units):
+        """The last features of the global output at the bytes that begin a patch with a slot."""
+        add = expand(y[..., -x.shape[-1] :], jnp.minimum(units.number, units.slots - 1))
+        return x + jnp.where((units.begins & units.kept)[..., None], add, 0)
+
     def __call__(
         self,
         inputs: Int[Array, "b t"],
@@ -100,11 +105,9 @@ class SpaceByte(nnx.Module):
         if self.config.slots:
             slots = min(slots or t, self.config.slots)
         units = self._units(inputs, segments, slots)
-        d = self.config.initial.d_model
         x = self.initial(self._enter(inputs, units.place), segments=segments)
-        y = self.main(self._at_patches(x, units), segments=units.document)[..., -d:]
-        add = expand(y, jnp.minimum(units.number, units.slots - 1))
-        x = x + jnp.where((units.begins & units.kept)[..., None], add, 0)
+        y = self.main(self._at_patches(x, units), segments=units.document)
+        x = self._add_patches(x, y, units)
         position = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
         valid = jnp.ones((b, t), bool) if segments is None else segments > 0
         level = Level(position, valid, units.begins.astype(jnp.float32), units.begins & valid)
@@ -119,10 +122,12 @@ class SpaceByte(nnx.Module):
         """Logits after each row's last input and the cache behind it; rows are right-padded, lengths at least 1."""
         b = inputs.shape[0]
         units = self._units(inputs, None, self.config.slots or None)
-        rows, last, d = jnp.arange(b), lengths - 1, self.config.initial.d_model
+        rows, last = jnp.arange(b), lengths - 1
         x, initial = self.initial.prefill(self._enter(inputs, units.place), lengths, max_length)
         y, main = self.main.prefill(self._at_patches(x, units), units.number[rows, last] + 1, max_length)
-        x = x + jnp.where(units.begins[..., None], expand(y[..., -d:], jnp.minimum(units.number, units.slots - 1)), 0)
+        x = x + jnp.where(
+            (units.begins & units.kept)[..., None], expand(y[..., -d:], jnp.minimum(units.number, units.slots - 1)), 0
+        )
         y, final = self.final.prefill(x, lengths, max_length)
         return self.head(y[rows, last]), SpaceByteCache(initial, main, final, inputs[rows, last])
 

@@ -29,7 +29,8 @@ class Evaluation:
     def __init__(self, config: Config, mesh: Mesh, eval_step: Any, text: Corpus):
         self.config, self.mesh, self.eval_step, self.text = config, mesh, eval_step, text
         self.ids = byte_ids(config.model, config.data.reserved)
-        self.window = config.eval.window or min(config.data.seq_len, DEFAULT_WINDOW)
+        longest = getattr(config.model, "longest_row", 0) or DEFAULT_WINDOW
+        self.window = min(config.eval.window or min(config.data.seq_len, DEFAULT_WINDOW), longest)
         self.rows = config.eval.batch_size or config.data.batch_size
         self._mine = rows_here(mesh, self.rows)
 

@@ -142,6 +142,30 @@ def test_stretches_of_a_document(number, rule):
     assert max(reads) <= 2 * words.BLOCK + 1000
 
 
+@pytest.mark.parametrize("rule", words.RULES)
+@pytest.mark.parametrize("place", [b" ", "é ".encode(), b"\n", b"\na"])
+def test_stretches_around_the_only_place_where_the_rule_begins(rule, place):
+    """One place in reach of a block's edge and none elsewhere."""
+    block = words.BLOCK
+    for offset in (*range(-9, 10), 500):
+        data = b"A" * (block + offset) + place + b"A" * (3 * block)
+        whole = words.marks(data, rule, 100)
+        for begin in (block - 20, block + 3, 2 * block - 7, 2 * block, 2 * block + 30, 3 * block + 2):
+            got = words.stretch_marks(lambda a, b, data=data: data[a:b], len(data), begin, begin + 120, rule, 100)
+            np.testing.assert_array_equal(got, whole[begin : begin + 120], f"{offset}, {begin}")
+
+
+@pytest.mark.parametrize(
+    "text", ["1\u2044" + "\u0301" * 90 + "2", " " + "\u202f" * 300 + "a", "a\u02d7" + "\u200d" * 500 + "b"]
+)
+def test_stretches_that_end_where_the_rule_looks_far_ahead(text):
+    data = (text * 3).encode() + b" end"
+    whole = words.marks(data)
+    for end in (1, 2, 3, 4, 5, 9):
+        got = words.stretch_marks(lambda a, b: data[a:b], len(data), 0, end)
+        np.testing.assert_array_equal(got & words.START, whole[:end] & words.START)
+
+
 def test_prefixes_are_stable_but_for_marks_that_are_no_punctuation():
     """A word's beginning, once its first character is read, is never taken back; U+2044 between digits is."""
     text = "The naïve café (1.5 m²) — don't: a.b,c 12:30 «да» 你好。x_y=z 🇩🇪"

@@ -75,6 +75,61 @@ def test_dead_projections_change_nothing(folder):
     np.testing.assert_array_equal(bytelm.load(folder).logprobs("Größe üb"), before)
 
 
+def test_a_guide_in_the_first_layer_only(folder):
+    """As such models are published: later layers keep the norms of guides that they do not have."""
+    record = json.loads((folder / "config.json").read_text())
+    record["decoder_config"]["cross_attn_every_layer"] = False
+    (folder / "config.json").write_text(json.dumps(record))
+    weights = load_file(folder / "model.safetensors")
+    save_file({n: w for n, w in weights.items() if "layers.1.cross_attention" not in n}, folder / "model.safetensors")
+    assert np.isfinite(bytelm.load(folder).score("Größe").total)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: r.update(eos_token_id=200), "eos_token_id=200"),
+        (lambda r: r["encoder_config"].update(is_neox_style=False), "encoder_config.is_neox_style"),
+        (lambda r: r["decoder_config"]["cross_attention_config"].update(word_window_size=2), "word_window_size=2"),
+        (lambda r: r["encoder_config"]["cross_attention_config"].update(hidden_size=64), "hidden_size=64"),
+        (lambda r: r.update(max_position_embeddings=-1), "max_position_embeddings=-1"),
+        (lambda r: r["special_token_dict"].update({"<|begin_of_text|>": 65}), "model.start=65"),
+    ],
+)
+def test_configs_that_would_be_read_wrongly(folder, change, message):
+    record = json.loads((folder / "config.json").read_text())
+    change(record)
+    (folder / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=message):
+        bytelm.load(folder)
+
+
+def test_keys_that_are_null(folder):
+    record = json.loads((folder / "config.json").read_text())
+    record |= {"special_token_dict": None, "max_position_embeddings": None, "eos_token_id": None}
+    for part in ("encoder_config", "backbone_config", "decoder_config"):
+        record[part]["head_dim"] = None
+    (folder / "config.json").write_text(json.dumps(record))
+    lm = bytelm.load(folder)
+    assert lm.window == 8192 and lm.ids.start == 192
+
+
+def test_released_scores_are_the_reference_s(folder, golden):
+    """Text by text, with the last bytes of a character at the end: the golden's own logits."""
+    io = load_file(golden / "hat_tiny/io.safetensors")
+    lm = bytelm.load(folder, reserved="error").released()
+    row, n = io["tokens"][0], int(io["n_bytes"][0])
+    ids = row[:n].astype(np.int32)
+    assert ids[0] == 193
+    text = ids[1:].astype(np.uint8).tobytes()
+    logits = io["logits"][0, : n - 1].astype(np.float64)
+    logits[:, [b for b in lm.ids.reserved if b != 192]] = -np.inf
+    want = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))[np.arange(n - 1), list(text)]
+    np.testing.assert_allclose(lm.score(text).per_byte, want, atol=1e-4)
+    marks = lm._marks.marks(bytes([193]) + "你".encode())
+    assert (marks & 1).tolist() == [1, 1, 0, 0]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from bytelm.config import Config, ConfigError, DataConfig
 from bytelm.data import words
 from bytelm.data.word_rule import CAUSAL_START, START, UNKNOWN_SHIFT
+from bytelm.lm import NetworkLM
 from bytelm.models.build import byte_ids
 from bytelm.models.word_steps import word_marks
 from bytelm.nn.segment import segment_softmax
@@ -159,6 +161,18 @@ def test_guides_reach_later_words_only():
     second = np.flatnonzero(np.asarray(level.boundary[0]))[1]
     np.testing.assert_array_equal(a[0, :second], b[0, :second])
     assert np.abs(np.asarray(a - b))[0, second:].max() > 1e-3
+
+
+def test_learned_slots_limit_the_window():
+    """Rows are so short that the slots suffice for any text; the trainer says what learned positions are too few."""
+    config = tiny.spacebyte(positions=64, slots=4)
+    lm = NetworkLM(config, make("spacebyte_learned")[2], 64)
+    assert lm.window == config.longest_row == 7
+    assert tiny.megabyte(positions=30).longest_row == 28 and tiny.hat().longest_row == 0
+    with pytest.raises(ConfigError, match="learned positions are too few"):
+        Config(model=tiny.megabyte(positions=509), data=DataConfig(seq_len=510))
+    with pytest.raises(ConfigError, match="model.start=65"):
+        tiny.hat(start=65)
 
 
 blobs = st.lists(
