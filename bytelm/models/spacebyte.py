@@ -125,9 +125,7 @@ class SpaceByte(nnx.Module):
         rows, last = jnp.arange(b), lengths - 1
         x, initial = self.initial.prefill(self._enter(inputs, units.place), lengths, max_length)
         y, main = self.main.prefill(self._at_patches(x, units), units.number[rows, last] + 1, max_length)
-        x = x + jnp.where(
-            (units.begins & units.kept)[..., None], expand(y[..., -d:], jnp.minimum(units.number, units.slots - 1)), 0
-        )
+        x = self._add_patches(x, y, units)
         y, final = self.final.prefill(x, lengths, max_length)
         return self.head(y[rows, last]), SpaceByteCache(initial, main, final, inputs[rows, last])
 
