@@ -18,10 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.config import HAT_RESERVED, HATConfig, parse_layout
 from bytelm.data.word_rule import CAUSAL_START, START, UNKNOWN_SHIFT
-from bytelm.models.base import Level, Output
-from bytelm.models.chunk_metrics import level_metrics
+from bytelm.models.base import Output
 from bytelm.models.chunking import segment_starts
-from bytelm.models.units import Units, make_units
+from bytelm.models.units import Units, make_units, unit_output
 from bytelm.models.word_steps import DECIDED, WAITING, WordState, new_words, read_byte, word_marks, words_behind
 from bytelm.nn.cache import StackCache
 from bytelm.nn.layers import Embedding, HeadNorm, Linear, make_norm, rotate, wide
@@ -219,18 +218,12 @@ class HAT(nnx.Module):
         found here, byte by byte, and the guides are strict. Targets of positions that `Output.scored` leaves out
         belong to words without a slot.
         """
-        b, t = inputs.shape
         units, reads = self._units(inputs, segments, marks, None if capacity is None else capacity[0])
         h = self.encoder(self.embed(inputs), segments=segments)
         e = shard(self.pool(h, units), "batch", None, None)
         o = self.backbone(e, segments=units.document)
         y = self.decoder(h, segments=segments, guide=self._guide(o, units, reads, segments))
-        position = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-        valid = jnp.ones((b, t), bool) if segments is None else segments > 0
-        level = Level(position, valid, units.begins.astype(jnp.float32), units.begins & valid)
-        found = level_metrics(level, inputs, valid, None if capacity is None else units.slots)
-        metrics = {f"level0/{name}": value for name, value in found.items()}
-        return Output(self.head(y), metrics=metrics, levels=(level,), scored=units.kept)
+        return unit_output(self.head(y), units, inputs, segments, limited=capacity is not None)
 
     def prefill(
         self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int

@@ -14,10 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bytelm.config import MegaByteConfig
-from bytelm.models.base import Level, Output
-from bytelm.models.chunk_metrics import level_metrics
+from bytelm.models.base import Output
 from bytelm.models.spacebyte import SPACEBYTE_IDS, VOCABULARY
-from bytelm.models.units import make_units
+from bytelm.models.units import make_units, unit_output
 from bytelm.nn.cache import StackCache
 from bytelm.nn.compaction import compact, expand
 from bytelm.nn.layers import Affine, Embedding, Linear
@@ -96,23 +95,17 @@ class MegaByte(nnx.Module):
         marks: Int[Array, "b t"] | None = None,
     ) -> Output:
         """Logits of the next id after each input, and the level of patches. `capacity` is the number of patch slots."""
-        b, t = inputs.shape
         units = self._units(inputs, segments)
         if capacity is not None:
             units = make_units(units.begins, segments, capacity[0])
         offset = units.place % self.config.patch
         y = self.main(self._global_inputs(inputs, units), segments=units.document)
         coarse = self._coarse(y)
-        rows = jnp.arange(b)[:, None]
+        rows = jnp.arange(len(inputs))[:, None]
         x = coarse[rows, jnp.minimum(units.number, units.slots - 1), offset]
         x = jnp.where(units.kept[..., None], x, 0) + self._local_inputs(inputs, offset)
         y = self.local(x, segments=units.number)
-        position = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-        valid = jnp.ones((b, t), bool) if segments is None else segments > 0
-        level = Level(position, valid, units.begins.astype(jnp.float32), units.begins & valid)
-        found = level_metrics(level, inputs, valid, units.slots if capacity is not None else None)
-        metrics = {f"level0/{name}": value for name, value in found.items()}
-        return Output(self.head(y), metrics=metrics, levels=(level,), scored=units.kept)
+        return unit_output(self.head(y), units, inputs, segments, limited=capacity is not None)
 
     def prefill(
         self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int

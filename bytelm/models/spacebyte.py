@@ -12,9 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.config import SpaceByteConfig
-from bytelm.models.base import Level, Output
-from bytelm.models.chunk_metrics import level_metrics
-from bytelm.models.units import Units, make_units
+from bytelm.models.base import Output
+from bytelm.models.units import Units, make_units, unit_output
 from bytelm.nn.cache import StackCache
 from bytelm.nn.compaction import compact, expand
 from bytelm.nn.layers import Embedding, Linear
@@ -100,7 +99,7 @@ class SpaceByte(nnx.Module):
     ) -> Output:
         """Logits of the next id after each input, and the level of patches. Positions from the first patch without a
         slot on are not `scored`: nothing of theirs has gone through the global blocks."""
-        b, t = inputs.shape
+        t = inputs.shape[1]
         slots = None if capacity is None else capacity[0]
         if self.config.slots:
             slots = min(slots or t, self.config.slots)
@@ -108,13 +107,8 @@ class SpaceByte(nnx.Module):
         x = self.initial(self._enter(inputs, units.place), segments=segments)
         y = self.main(self._at_patches(x, units), segments=units.document)
         x = self._add_patches(x, y, units)
-        position = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-        valid = jnp.ones((b, t), bool) if segments is None else segments > 0
-        level = Level(position, valid, units.begins.astype(jnp.float32), units.begins & valid)
-        found = level_metrics(level, inputs, valid, units.slots if units.slots < t else None)
-        metrics = {f"level0/{name}": value for name, value in found.items()}
         y = self.final(x, segments=segments)
-        return Output(self.head(y), metrics=metrics, levels=(level,), scored=units.kept)
+        return unit_output(self.head(y), units, inputs, segments, limited=units.slots < t)
 
     def prefill(
         self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int

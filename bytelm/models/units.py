@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from bytelm.models.base import Level, Output
+from bytelm.models.chunk_metrics import level_metrics
 from bytelm.models.chunking import segment_starts
 from bytelm.nn.compaction import compact, slot_positions
 from bytelm.nn.segment import running_last
@@ -46,3 +48,22 @@ def make_units(begins: Bool[Array, "b t"], segments: Int[Array, "b t"] | None, s
         begins, number, number - running_last(starts, number), position - running_last(starts, position), first,
         None if segments is None else compact(segments, first),
     )  # fmt: skip
+
+
+def unit_output(
+    logits: Float[Array, "b t v"],
+    units: Units,
+    inputs: Int[Array, "b t"],
+    segments: Int[Array, "b t"] | None,
+    *,
+    limited: bool,
+) -> Output:
+    """The output of a model of units: logits, its level and metrics; what has no slot is not scored. `limited`: whether
+    there are fewer slots than could be needed."""
+    b, t = inputs.shape
+    position = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+    valid = jnp.ones((b, t), bool) if segments is None else segments > 0
+    level = Level(position, valid, units.begins.astype(jnp.float32), units.begins & valid)
+    found = level_metrics(level, inputs, valid, units.slots if limited else None)
+    metrics = {f"level0/{name}": value for name, value in found.items()}
+    return Output(logits, metrics=metrics, levels=(level,), scored=units.kept)
