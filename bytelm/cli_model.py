@@ -12,7 +12,6 @@ import tyro
 import bytelm
 from bytelm import codec
 from bytelm.config import ConfigError, DataConfig, HATConfig
-from bytelm.protocol import ByteLM
 from bytelm.vocab import complete_prefix
 
 EXIT_OK, EXIT_CHECK_FAILED = 0, 1
@@ -50,6 +49,7 @@ def evaluate(args: list[str]) -> int:
     from bytelm.evals.bpb import BitsPerByte, bits_per_byte, first_bytes
     from bytelm.evals.compressors import ppmd_given, xz_given
     from bytelm.lm import NetworkLM
+    from bytelm.protocol import ByteLM
     from bytelm.seq2seq_lm import Seq2SeqLM
 
     options = tyro.cli(EvalOptions, args=args, prog="bytelm eval")

@@ -16,8 +16,8 @@ import numpy as np
 from flax import nnx
 
 from bytelm.config import HATConfig
-from bytelm.data import words
 from bytelm.data.word_rule import START
+from bytelm.data.words import marks as word_marks
 from bytelm.interop import hierarchical
 from bytelm.interop.parity_hnet import Tensors, need_tensors
 from bytelm.interop.published import check_hierarchical
@@ -49,7 +49,7 @@ def measure_hierarchical(case: Path, io: Tensors, weights: Tensors) -> tuple[str
         need_tensors(io, case, "word_ids", "n_bytes")
         marks, begins = np.zeros((b, t), np.int32), (np.diff(io["word_ids"], axis=1, prepend=-1) > 0) & real
         for row, n, out in zip(io["tokens"], lengths, marks):
-            out[:n] = words.marks(row[:n].astype(np.uint8).tobytes(), config.rule, config.max_word)
+            out[:n] = word_marks(row[:n].astype(np.uint8).tobytes(), config.rule, config.max_word)
         found["boundaries_equal"] = bool((((marks & START) > 0) == begins).all())
         marks = jnp.asarray(begins.astype(np.int32) * START)
     logits, boundary, nll = forward(params, marks)
