@@ -30,16 +30,45 @@ from bytelm.model_config import (
 )
 
 __all__ = [
-    "HAT_RESERVED", "ArchLayout", "CapacityConfig", "CheckpointConfig", "Config", "ConfigError", "DType", "DataConfig",
-    "DeletionConfig", "EvalConfig",
-    "FlatConfig", "HATConfig", "HNetConfig", "HostsConfig", "MegaByteConfig", "MeshConfig", "ModelConfig",
-    "OptimConfig", "Remat", "SSMConfig",
-    "SpaceByteConfig", "StackConfig", "T5Config", "TrainConfig", "UnitConfig", "parse_arch_layout", "parse_layout",
+    "HAT_RESERVED",
+    "ArchLayout",
+    "CapacityConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DType",
+    "DataConfig",
+    "DeletionConfig",
+    "EvalConfig",
+    "FlatConfig",
+    "HATConfig",
+    "HNetConfig",
+    "HostsConfig",
+    "MegaByteConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Remat",
+    "SSMConfig",
+    "SpaceByteConfig",
+    "StackConfig",
+    "T5Config",
+    "TrainConfig",
+    "UnitConfig",
+    "longest_row",
+    "parse_arch_layout",
+    "parse_layout",
     "remat_field",
 ]  # fmt: skip
 
 UnitConfig = HNetConfig | HATConfig | SpaceByteConfig | MegaByteConfig  # families that cut rows into units, in slots
 ModelConfig = FlatConfig | HNetConfig | T5Config | HATConfig | SpaceByteConfig | MegaByteConfig
+
+
+def longest_row(model: ModelConfig, otherwise: int) -> int:
+    """Bytes of a row that a model's learned positions and slots suffice for; `otherwise` where it has none."""
+    limited = isinstance(model, HATConfig | SpaceByteConfig | MegaByteConfig)
+    return (model.longest_row if limited else 0) or otherwise
 
 
 def remat_field(model: ModelConfig) -> tuple[str, Remat]:

@@ -25,7 +25,7 @@ from bytelm.checkpoint import (
     restore_params,
     stored_config,
 )
-from bytelm.config import Config, ConfigError, HATConfig, MeshConfig, ModelConfig, T5Config
+from bytelm.config import Config, ConfigError, HATConfig, MeshConfig, ModelConfig, T5Config, longest_row
 from bytelm.data.words import WordRule
 from bytelm.generate import bucket, generate_bytes, pad_rows, visible_inputs
 from bytelm.interop import token_lm
@@ -81,8 +81,7 @@ class NetworkLM(ByteLM):
         self.params = params
         self.ids = byte_ids(config, reserved)
         self.wait = wait
-        longest = getattr(config, "longest_row", 0) or context
-        self.window = min(DEFAULT_WINDOW, context, longest)
+        self.window = min(DEFAULT_WINDOW, context, longest_row(config, context))
         self.graph, _ = structure(config)
         self._symbols = self.ids.symbol_ids()
         self._possible = self.ids.possible()

@@ -69,7 +69,7 @@ def is_model(path: Path) -> bool:
         or is_weights_dir(path)
         or "arch_layout" in record
         or t5.is_t5(record)
-        or (hierarchical.is_hierarchical(record))
+        or hierarchical.is_hierarchical(record)
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bytelm.boundaries import Boundaries, first_rows, text_boundaries
-from bytelm.config import Config, T5Config
+from bytelm.config import Config, T5Config, longest_row
 from bytelm.data.corpus import Corpus
 from bytelm.data.seq2seq import heldout_examples, heldout_rows
 from bytelm.evals.bpb import BitsPerByte, bits_per_byte, first_bytes, window_scorer
@@ -29,8 +29,8 @@ class Evaluation:
     def __init__(self, config: Config, mesh: Mesh, eval_step: Any, text: Corpus):
         self.config, self.mesh, self.eval_step, self.text = config, mesh, eval_step, text
         self.ids = byte_ids(config.model, config.data.reserved)
-        longest = getattr(config.model, "longest_row", 0) or DEFAULT_WINDOW
-        self.window = min(config.eval.window or min(config.data.seq_len, DEFAULT_WINDOW), longest)
+        window = config.eval.window or min(config.data.seq_len, DEFAULT_WINDOW)
+        self.window = min(window, longest_row(config.model, window))
         self.rows = config.eval.batch_size or config.data.batch_size
         self._mine = rows_here(mesh, self.rows)
 
