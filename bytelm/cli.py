@@ -18,6 +18,7 @@ EXIT_OK, EXIT_CHECK_FAILED, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_INTERRUPTED = 0
 USAGE = """usage: bytelm COMMAND ...
 
   prepare OUT INPUT ... [--on-error skip] [--deduplicate]       make a corpus of sharded ArrayRecord files
+  patches MODEL TEXT ... [--size 4.5]                           choose where entropy begins a patch (BLT)
   train   CONFIG.yaml [--section.field value ...] [--dry-run]   train a model, or go on with a run (its folder)
   eval    RUN [--suite bpb] [--text FILE ...] [--compare]       measure a model
   sample  RUN --prompt TEXT                                     let a model write
@@ -192,8 +193,14 @@ def prepare(args: list[str]) -> int:
     return prepare_command(args)
 
 
+def patches(args: list[str]) -> int:
+    from bytelm.cli_data import patches_command
+
+    return patches_command(args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "prepare": prepare,
+    "prepare": prepare, "patches": patches,
     "train": train, "eval": cli_model.evaluate, "sample": cli_sample.sample, "chunks": cli_model.chunks,
     "convert": cli_model.convert, "parity": cli_model.parity, "plan": plan,
 }  # fmt: skip

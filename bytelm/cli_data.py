@@ -1,14 +1,17 @@
-"""The command that makes corpora: prepare. Returns an exit status."""
+"""The commands that make corpora and look at them: prepare, patches. Each returns an exit status."""
 
+import json as json_text
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 from rich import progress as rich_progress
 from rich.console import Console
 
+from bytelm.config import ConfigError, EntropyConfig
 from bytelm.data.prepare import ERRORS, Progress, prepare
 from bytelm.data.units import PrepareOptions
 
@@ -47,6 +50,71 @@ def prepare_command(args: list[str]) -> int:
     if left_out:
         print("left out: " + ", ".join(left_out) + (f" (see {out / ERRORS})" if manifest["unreadable"] else ""))
     print(f"train on it:  bytelm train CONFIG.yaml --data.train {out}")
+    return EXIT_OK
+
+
+def patches_command(args: list[str]) -> int:
+    def parse(
+        model: tyro.conf.Positional[str],
+        text: tyro.conf.Positional[tuple[str, ...]],
+        size: float = 4.5,
+        rule: Literal["threshold", "rise", "both"] = "threshold",
+        rise: float = 0.0,
+        max_patch: int = 0,
+        max_bytes: int = 1_000_000,
+        json: bool = False,
+    ) -> dict[str, Any]:
+        """Finds the entropy from which on a byte begins a patch, so that patches have the size asked for.
+
+        The model is a flat one with attention windows, trained by `bytelm train` (configs/entropy_tiny.yaml); the text
+        should be like what the patches are for.
+
+        Args:
+            model: run or weights directory of the entropy model
+            text: files or globs, as data.train
+            size: bytes of a patch, on average
+            rule: threshold: the entropy is high; rise: it is higher than one byte before; both
+            rise: rule both: by how many nats more
+            max_patch: longer patches are cut at so many bytes; 0 = never
+            max_bytes: how much of the text to look at
+            json: print a JSON object
+        """
+        return dict(model=model, text=text, size=size, max_bytes=max_bytes, json=json,
+                    rule=EntropyConfig(rule=rule, rise=rise, max_patch=max_patch))  # fmt: skip
+
+    given = tyro.cli(parse, args=args, prog="bytelm patches")
+    if given["size"] <= 1:
+        raise ConfigError(f"--size {given['size']:g}: must be above 1 byte")
+    from bytelm.data.sources import open_corpus
+    from bytelm.train.patches import choose, first_entropies, load_patcher, patch_lengths
+
+    rule, params = load_patcher(given["model"], given["rule"])
+    corpus = open_corpus(tuple(given["text"]), text_field="text", cache_dir="")
+    found = first_entropies(corpus, rule, params, given["max_bytes"])
+    rule = choose(rule, given["size"], [entropy for *_, entropy in found])
+    lengths = patch_lengths(rule, found)
+    record = {
+        "rule": rule.rule, "threshold": rule.threshold, "rise": rule.rise, "bytes": int(lengths.sum()),
+        "bytes_per_patch": float(lengths.mean()), "median": float(np.median(lengths)),
+        "p99": float(np.quantile(lengths, 0.99)), "longest": int(lengths.max()),
+    }  # fmt: skip
+    if given["json"]:
+        print(json_text.dumps(record))
+        return EXIT_OK
+    high, rises = f"above {rule.threshold:g}", f"up by more than {rule.rise:g}"
+    said = {"threshold": high, "rise": rises, "both": f"{high} and {rises}"}[rule.rule]
+    print(
+        f"entropy {said} nats: {record['bytes_per_patch']:.2f} bytes a patch (median {record['median']:.0f}, "
+        f"99 % up to {record['p99']:.0f}, longest {record['longest']}) in {record['bytes']:,} bytes"
+    )
+    flags = {"rule": rule.rule, "threshold": rule.threshold, "rise": rule.rise, "max-patch": rule.max_patch}
+    usual = EntropyConfig()
+    more = [
+        f"--model.patcher.{name} {value}"
+        for name, value in flags.items()
+        if value != getattr(usual, name.replace("-", "_"))
+    ]
+    print(f"train with it:  bytelm train configs/blt_tiny.yaml --train.patcher {given['model']} {' '.join(more)}")
     return EXIT_OK
 
 

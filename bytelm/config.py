@@ -11,13 +11,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bytelm.hierarchical_config import HAT_RESERVED, HATConfig, MegaByteConfig, SpaceByteConfig
+from bytelm.hierarchical_config import HAT_RESERVED, BLTConfig, HATConfig, MegaByteConfig, SpaceByteConfig
 from bytelm.model_config import (
     ArchLayout,
     CapacityConfig,
     ConfigError,
     DeletionConfig,
     DType,
+    EntropyConfig,
     FlatConfig,
     HNetConfig,
     Remat,
@@ -32,6 +33,7 @@ from bytelm.model_config import (
 __all__ = [
     "HAT_RESERVED",
     "ArchLayout",
+    "BLTConfig",
     "CapacityConfig",
     "CheckpointConfig",
     "Config",
@@ -39,6 +41,7 @@ __all__ = [
     "DType",
     "DataConfig",
     "DeletionConfig",
+    "EntropyConfig",
     "EvalConfig",
     "FlatConfig",
     "HATConfig",
@@ -61,13 +64,14 @@ __all__ = [
     "remat_field",
 ]  # fmt: skip
 
-UnitConfig = HNetConfig | HATConfig | SpaceByteConfig | MegaByteConfig  # families that cut rows into units, in slots
-ModelConfig = FlatConfig | HNetConfig | T5Config | HATConfig | SpaceByteConfig | MegaByteConfig
+# Families that cut rows into units, in slots.
+UnitConfig = HNetConfig | HATConfig | SpaceByteConfig | MegaByteConfig | BLTConfig
+ModelConfig = FlatConfig | HNetConfig | T5Config | HATConfig | SpaceByteConfig | MegaByteConfig | BLTConfig
 
 
 def longest_row(model: ModelConfig, otherwise: int) -> int:
     """Bytes of a row that a model's learned positions and slots suffice for; `otherwise` where it has none."""
-    limited = isinstance(model, HATConfig | SpaceByteConfig | MegaByteConfig)
+    limited = isinstance(model, SpaceByteConfig | MegaByteConfig)
     return (model.longest_row if limited else 0) or otherwise
 
 
@@ -110,7 +114,9 @@ class DataConfig:
     shards: int = 0  # virtual streams; row r of a batch comes from stream r mod shards; 0 = batch_size
     workers: int = 0  # worker processes that read and pack; 0 = in the training process
     prefetch: int = 64  # rows each worker keeps ready
-    cache_dir: str = ""  # where decompressed text is kept; empty = ~/.cache/bytelm
+    marks: Literal["stored", "step"] = "stored"  # patches by entropy: found once for the whole text and kept in
+    # cache_dir, or in every training step
+    cache_dir: str = ""  # where decompressed text and patches are kept; empty = ~/.cache/bytelm
 
     def __post_init__(self):
         require(len(self.train) > 0, "data.train is empty: name at least one file or glob")
@@ -169,6 +175,7 @@ class OptimConfig:
         r"pad$",
     )  # paths (regex) without decay
     clip_norm: float = 1.0  # global gradient norm limit; 0 = none
+    freeze: tuple[tuple[str, int], ...] = ()  # (path regex, steps): parameters that stay as they are in the first steps
     lr_multipliers: tuple[tuple[str, float], ...] = ()  # (path regex, factor): first match scales that parameter's rate
 
     def __post_init__(self):
@@ -182,7 +189,8 @@ class OptimConfig:
         for name in ("b1", "b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.{name}={value}: must be in [0, 1)")
-        for pattern in (*self.no_decay, *(p for p, _ in self.lr_multipliers)):
+        require(all(n >= 1 for _, n in self.freeze), f"optim.freeze={self.freeze}: steps must be at least 1")
+        for pattern in (*self.no_decay, *(p for p, _ in (*self.lr_multipliers, *self.freeze))):
             try:
                 re.compile(pattern)
             except re.error as e:
@@ -248,6 +256,8 @@ class TrainConfig:
     log_every: int = 10  # steps between metric lines
     watch_text: str = ""  # text whose chunks report.html shows over the run; empty = the start of the held-out text
     init_from: str = ""  # run or weights directory whose weights to start from
+    patcher: str = ""  # patches by entropy: run or weights directory of the flat model that finds them
+    backbone: str = ""  # folder of a tokenized Llama, Mistral or Qwen 3 whose blocks the backbone starts as
     max_skipped: int = 10  # batches in a row whose loss or gradient is not finite before the run ends (exit status 3)
     allow_config_change: bool = False  # resume although model, data or optimizer settings differ
     compilation_cache: str = ""  # folder of compiled programs; empty = ~/.cache/bytelm/xla, "off" = none

@@ -1,9 +1,9 @@
-"""Configs of the hierarchical models: HAT, SpaceByte and MegaByte. `bytelm.config` has them all."""
+"""Configs of the hierarchical models: HAT, SpaceByte, MegaByte and BLT. `bytelm.config` has them all."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bytelm.model_config import CapacityConfig, DType, StackConfig, require
+from bytelm.model_config import CapacityConfig, DType, EntropyConfig, StackConfig, require
 
 HAT_RESERVED = (0xC0, 0xC1, *range(0xF5, 0x100))  # never in UTF-8: special symbols are among them
 HAT_END = 192  # <|eot_id|>, behind a document, and in front of it where there is no symbol for that
@@ -67,7 +67,6 @@ class HATConfig:
         )
 
     levels = 1  # chunking levels
-    longest_row = 0  # no limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,3 +132,45 @@ class MegaByteConfig:
     def longest_row(self) -> int:
         """Bytes of a row that learned positions suffice for; 0: any number."""
         return self.positions // self.patch * self.patch
+
+
+@dataclass(frozen=True, kw_only=True)
+class BLTConfig:
+    """BLT (Pagnoni et al. 2024): patches begin where a small byte model finds the next byte hard to foresee; several
+    vectors per patch are read from its bytes, and read by them, through attention."""
+
+    family: Literal["blt"] = "blt"  # which model family this is
+    encoder: StackConfig = field(
+        default_factory=lambda: StackConfig(layout="T1", d_model=192, window=128)
+    )  # over bytes
+    main: StackConfig = field(default_factory=_main)  # of patches
+    decoder: StackConfig = field(
+        default_factory=lambda: StackConfig(layout="T4", d_model=192, window=128)
+    )  # over bytes
+    queries: int = 2  # vectors of a patch
+    read_every_layer: bool = True  # every decoder layer reads the patch, or only the first
+    doubled: bool = False  # attention between bytes and patches adds its residual twice, as in the released models
+    ngrams: tuple[int, ...] = (
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+    )  # lengths of the byte groups whose hashes have embeddings; empty = none
+    hash_functions: int = 1  # hash functions for each length
+    hash_size: int = 500002  # embeddings of each length and function
+    patcher: EntropyConfig = field(default_factory=EntropyConfig)  # the model and the rule that cut patches
+    capacity: CapacityConfig = field(default_factory=_slots)  # patch slots in training
+    dtype: DType = "float32"  # compute type; parameters are float32 always
+    init_std: float = 0.02  # standard deviation of the initial weights (0: 1 / sqrt(fan in))
+
+    def __post_init__(self):
+        d = self.encoder.d_model
+        require(d == self.decoder.d_model, f"model.decoder.d_model={self.decoder.d_model}: must be the encoder's, {d}")
+        require(self.queries >= 1, f"model.queries={self.queries}: must be at least 1")
+        require(all(1 <= n <= 64 for n in self.ngrams), f"model.ngrams={self.ngrams}: groups have 1 to 64 bytes")
+        require(1 <= self.hash_functions <= 11, f"model.hash_functions={self.hash_functions}: must be 1 to 11")
+        require(2 <= self.hash_size <= 1 << 23, f"model.hash_size={self.hash_size}: must be 2 to {1 << 23:,}")
+
+    levels = 1

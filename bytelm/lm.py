@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bytelm.boundaries import Boundaries, first_rows, text_boundaries
 from bytelm.byteview.byte_view import TokenizedLM
-from bytelm.byteview.token_model import TokenModel, token_structure
+from bytelm.byteview.token_model import TokenModel
 from bytelm.byteview.tokenizer_files import read_chat_template, read_vocabulary, token_ids
 from bytelm.byteview.tokenizer_json import vocabulary_of
 from bytelm.checkpoint import (
@@ -32,6 +32,7 @@ from bytelm.interop import token_lm
 from bytelm.interop.gguf_file import open_gguf
 from bytelm.interop.published import NO_MODEL, is_model, open_model, open_tensors, read_record, weights_file
 from bytelm.models.build import Params, byte_ids, structure, word_rule
+from bytelm.models.token_lm import token_structure
 from bytelm.parallel.mesh import make_mesh
 from bytelm.parallel.rules import TOKEN_RULES, state_shardings
 from bytelm.protocol import ByteLM, Score, Text, in_context, log_softmax, no_inputs

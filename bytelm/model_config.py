@@ -135,6 +135,40 @@ class FlatConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EntropyConfig:
+    """Where a small byte model of its own, trained before and left as it is, cuts text into patches: it sees the bytes
+    so far, and the next one begins a patch if that is hard to foresee. At a document's start it knows nothing else;
+    its stack must have attention windows, so that what it says of a place depends on so many bytes before it alone."""
+
+    stack: StackConfig = field(
+        default_factory=lambda: StackConfig(layout="T2", d_model=64, num_heads=2, window=64)
+    )  # the model's blocks; train.patcher brings those of a flat run
+    tie_embeddings: bool = True  # its embedding table is its output matrix
+    symbols: int = 257  # symbols that its entropy is over: the bytes and the end; published ones have 3 more
+    rule: Literal["threshold", "rise", "both"] = (
+        "threshold"  # a patch begins where the entropy is above `threshold`, rises by more than `rise`, or both
+    )
+    threshold: float = 1.335442066192627  # nats; `bytelm patches` finds the one for a patch size
+    rise: float = 0.0  # nats above the entropy of the byte before
+    max_patch: int = 0  # longer patches are cut at so many bytes; 0 = never
+
+    def __post_init__(self):
+        windows = self.stack.window > 0 and all(kind in "tT" for kind, _ in parse_layout(self.stack.layout))
+        require(
+            windows,
+            f"patcher.stack: layout={self.stack.layout!r}, window={self.stack.window}: only attention with a window, "
+            "so that patches depend on a bounded stretch of text",
+        )
+        require(self.max_patch >= 0, f"patcher.max_patch={self.max_patch}: must not be negative")
+        require(257 <= self.symbols <= 384, f"patcher.symbols={self.symbols}: must be 257 to 384")
+
+    @property
+    def reach(self) -> int:
+        """Bytes before a place that its entropy depends on, at most."""
+        return sum(count for _, count in parse_layout(self.stack.layout)) * (self.stack.window - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CapacityConfig:
     """How many chunk slots training reserves at each level of an H-Net, and when that number changes."""
 
@@ -200,9 +234,10 @@ class HNetConfig:
     rope_dim: tuple[int, ...] = (0,)  # rotated features per head; 0 = all
     ssm: SSMConfig = field(default_factory=SSMConfig)  # shape of the Mamba-2 blocks of every stage
     targets: tuple[float, ...] = (6.0,)  # N: elements per chunk that the ratio loss asks for, one per level
-    chunker: Literal["learned", "spacelike", "words", "space_words", "fixed", "random"] = (
+    chunker: Literal["learned", "spacelike", "words", "space_words", "entropy", "fixed", "random"] = (
         "learned"  # what cuts bytes into chunks: the router, or a rule in its place (fixed, random: by targets[0])
     )
+    patcher: EntropyConfig = field(default_factory=EntropyConfig)  # chunker entropy: its model and rule
     ratio_weight: float = 0.03  # alpha: weight of the ratio losses
     lr_multipliers: tuple[float, ...] = ()  # learning-rate factor of each stage; empty = the paper's equation 11
     bytes_per_token: float = 4.6  # N_GPT of that equation: bytes per token of the tokenizer it is matched to

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from bytelm.config import (
+    BLTConfig,
     Config,
     ConfigError,
     FlatConfig,
@@ -186,6 +187,9 @@ def _unit_activation_bytes(config: Config, slots: tuple[int, ...], width: int, t
         total += sum(elements * d * (4 * 7 + 2 * width) for elements, d in stages)
     elif isinstance(model, HATConfig):  # keys, values and weighted values of the pooling; each layer's guide put back
         total += t * model.backbone.d_model * 3 * 4 + t * model.decoder.d_model * 4
+    elif isinstance(model, BLTConfig):  # values and weighted values of the pooling, keys and values that bytes read
+        reads = sum(n for _, n in parse_layout(model.decoder.layout)) if model.read_every_layer else 1
+        total += t * model.queries * model.encoder.d_model * 4 * (3 + 2 * reads)
     return total
 
 

@@ -111,5 +111,6 @@ class ByteIds:
 
 
 FLAT_IDS = ByteIds(start=END, end=END)
+BLT_IDS = ByteIds(start=1, end=2, offset=4)  # 0 and 3 are symbols of the published models that no text has
 HNET_IDS = ByteIds(start=254, end=255, reserved=bytes([254, 255]))
 T5_IDS = ByteIds(start=0, end=1, offset=3)  # 0 is padding too; what ByT5 keeps for its sentinels are 0xFF, 0xFE, ...

@@ -8,11 +8,13 @@ import numpy as np
 from flax import nnx
 
 from bytelm.config import (
+    BLTConfig,
     CapacityConfig,
     CheckpointConfig,
     Config,
     DataConfig,
     DeletionConfig,
+    EntropyConfig,
     EvalConfig,
     FlatConfig,
     HATConfig,
@@ -69,6 +71,21 @@ def megabyte(**fields) -> MegaByteConfig:
     main = StackConfig(layout="T2", d_model=64, d_mlp=64, **SLAGLE)
     capacity = CapacityConfig(start=(1.0,), every=0, multiple=4)
     return MegaByteConfig(**{**dict(patch=4, main=main, local=local, capacity=capacity), **fields})
+
+
+def entropy(**fields) -> EntropyConfig:
+    """A rule whose model finds some of the bytes of a random network's texts hard, and others not."""
+    stack = StackConfig(layout="T2", d_model=16, num_heads=2, d_mlp=32, window=6)
+    return EntropyConfig(**{**dict(stack=stack, threshold=5.4628), **fields})
+
+
+def blt(**fields) -> BLTConfig:
+    """A tiny BLT whose heads divide by 4; windows, fewer key than query heads in the decoder."""
+    local = StackConfig(layout="T1", d_model=32, num_heads=4, d_mlp=48, window=9)
+    decoder = dataclasses.replace(local, layout="T2", num_kv_heads=2)
+    shape = dict(encoder=local, main=StackConfig(layout="T2", d_model=48, num_heads=4, d_mlp=64), decoder=decoder)
+    shape |= dict(ngrams=(2, 5), hash_size=96, patcher=entropy())
+    return BLTConfig(**{**shape, "capacity": CapacityConfig(start=(1.0,), every=0, multiple=4), **fields})
 
 
 def flat(stack: StackConfig = HYBRID, **fields) -> FlatConfig:

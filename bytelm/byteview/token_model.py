@@ -14,19 +14,12 @@ from numpy.typing import NDArray
 from bytelm.byteview.cover import Node
 from bytelm.config import ConfigError
 from bytelm.models.build import Params
-from bytelm.models.token_lm import TokenLM, TokenLMConfig
+from bytelm.models.token_lm import TokenLMConfig, token_structure
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def _extend(graph, params, ids, positions, slots, seen, places, wanted, cache):
     return nnx.merge(graph, params).extend(ids, positions, slots, seen, places, wanted, cache)
-
-
-def token_structure(config: TokenLMConfig) -> tuple[nnx.GraphDef, Params]:
-    """The network without weights: its graph, and the shapes of its parameters."""
-    model = jax.eval_shape(lambda: TokenLM(config, rngs=nnx.Rngs(params=jax.random.key(0))))
-    graph, state = nnx.split(model, nnx.Param)
-    return graph, nnx.to_pure_dict(state)
 
 
 class TokenModel:

@@ -8,17 +8,16 @@ from numpy.typing import NDArray
 from bytelm.config import ConfigError
 from bytelm.data.corpus import Corpus, PreparedCorpus
 from bytelm.data.functional import count_pieces, document_piece, locate_piece
+from bytelm.data.marks import Marks
 from bytelm.data.prepared import mapped_table
 from bytelm.data.readers import DataError
 from bytelm.data.sources import cache_folder
-from bytelm.data.word_rule import CAUSAL_START, START
-from bytelm.data.words import WordRule, stretch_marks
 from bytelm.vocab import ByteIds, ReservedByteError
 
 
 class Pieces:
     """Random-access source of document pieces: item i is {"columns": int32 [n, 3]}: inputs, targets, `first` + i; with
-    `words`, a fourth column has the marks of the inputs (`data.words`).
+    `marks`, a fourth column has those of the inputs.
 
     The third column stays with the positions through packing, so that a batch can say where it came from.
     """
@@ -30,10 +29,10 @@ class Pieces:
         ids: ByteIds,
         first: int = 0,
         cache_dir: str = "",
-        words: WordRule | None = None,
+        marks: Marks | None = None,
     ):
-        self._arguments = (corpus, piece, ids, first, cache_dir, words)
-        self.corpus, self.piece, self.ids, self.first, self.words = corpus, piece, ids, first, words
+        self._arguments = (corpus, piece, ids, first, cache_dir, marks)
+        self.corpus, self.piece, self.ids, self.first, self.marks = corpus, piece, ids, first, marks
         self.ends = piece_ends(corpus, piece, cache_dir)
         if first + len(self) > np.iinfo(np.int32).max:
             raise ConfigError(f"the training text makes over 2^31 pieces of {piece:,} bytes: raise data.piece_bytes")
@@ -62,23 +61,16 @@ class Pieces:
         except ReservedByteError as e:
             raise DataError(f"{self.where(index)}: {e} (data.reserved)") from None
         columns = [pair, np.full(len(pair), self.first + index, np.int32)]
-        if self.words is not None:
-            columns.append(self._marks(document, start, data, len(pair)))
+        if self.marks is not None:
+            columns.append(self._marks(self.marks, document, start, data, len(pair)))
         return {"columns": np.column_stack(columns)}
 
-    def _marks(self, document: int, start: int, data: bytes, count: int) -> NDArray[np.int32]:
-        """Marks of a piece's inputs: the start symbol, or the byte before, and the bytes behind it. Where reserved
-        bytes become others, the words are those of the piece alone."""
-        assert self.words is not None
+    def _marks(self, marks: Marks, document: int, start: int, data: bytes, count: int) -> NDArray[np.int32]:
+        """Marks of a piece's inputs: the start symbol, or the byte before, and the bytes behind it."""
         cleaned = self.ids.clean(data)
-        if len(cleaned) != len(data):
-            found = self.words.marks(cleaned)
-            found = found if start == 0 else found[len(self.ids.clean(data[:1])) - 1 :]
-        else:
-            begin, size = max(start - 1, 0), int(self.corpus.lengths[document])
-            read = lambda a, b: self.corpus.read(document, a, b)  # noqa: E731
-            found = stretch_marks(read, size, begin, begin + len(data), self.words.rule, self.words.max_bytes)
-        symbol = np.full(1 if start == 0 else 0, START | CAUSAL_START, np.int32)
+        found = marks.read(document, max(start - 1, 0), data, cleaned)
+        found = found[len(self.ids.clean(data[:1])) - 1 :] if start else found
+        symbol = np.full(1 if start == 0 else 0, marks.symbol, np.int32)
         return np.concatenate([symbol, found.astype(np.int32)])[:count]
 
 

@@ -22,16 +22,16 @@ from numpy.typing import NDArray
 from bytelm.config import ConfigError, DataConfig
 from bytelm.data.corpus import Corpus, PreparedCorpus, concatenate
 from bytelm.data.jobs import exit_with
+from bytelm.data.marks import Marks
 from bytelm.data.pieces import Pieces
 from bytelm.data.prepared import is_prepared
 from bytelm.data.readers import DataError
 from bytelm.data.seq2seq import Examples, make_row, target_length, training_examples
 from bytelm.data.sources import open_corpus, split_validation
-from bytelm.data.words import WordRule
 from bytelm.vocab import ByteIds
 
 # inputs, targets, segments (0 is padding), pieces (which piece of the text a position is of): each [b, t]; for
-# encoder-decoder models also source [b, s], for models of words marks [b, t]
+# encoder-decoder models also source [b, s], for models whose units are found before training marks [b, t]
 Batch = dict[str, NDArray[np.int32]]
 
 
@@ -68,11 +68,11 @@ def _piece(config: DataConfig) -> int:
     return config.seq_len if config.packing == "best_fit" else config.piece_length
 
 
-def cut(sources: list[Corpus], config: DataConfig, ids: ByteIds, words: WordRule | None = None) -> list[Pieces]:
-    """The pieces of each source, numbered through; with the marks of `words`."""
+def cut(sources: list[Corpus], config: DataConfig, ids: ByteIds, marks: Sequence[Marks] = ()) -> list[Pieces]:
+    """The pieces of each source, numbered through; with its `marks`, where there are some."""
     pieces: list[Pieces] = []
-    for corpus in sources:
-        pieces.append(Pieces(corpus, _piece(config), ids, sum(map(len, pieces)), config.cache_dir, words))
+    for corpus, own in zip(sources, marks or [None] * len(sources), strict=True):
+        pieces.append(Pieces(corpus, _piece(config), ids, sum(map(len, pieces)), config.cache_dir, own))
     return pieces
 
 
@@ -181,10 +181,10 @@ class Batches:
         seed: int,
         state: dict[str, Any] | None = None,
         rows: Sequence[int] | None = None,
-        words: WordRule | None = None,
+        marks: Sequence[Marks] = (),
     ):
-        """`rows`: which rows of each batch to yield, in this order (several processes share them); None = all. `words`:
-        how to mark words, for a model that needs it.
+        """`rows`: which rows of each batch to yield, in this order (several processes share them); None = all. `marks`:
+        those of each source, for a model that needs some.
 
         Raises ConfigError when the state was saved with another number of streams or the rows split a stream.
         """
@@ -225,7 +225,7 @@ class Batches:
         saved = state["streams"] if state else [None] * shards
         self._states = {stream: saved[stream] for stream in mine}
         text = config.task == "text"
-        self._pieces = cut(sources, config, ids, words) if text else training_examples(sources, config)
+        self._pieces = cut(sources, config, ids, marks) if text else training_examples(sources, config)
         self._rows = _start(StreamRows(records(self._pieces, config, seed), config, mine, dict(self._states)), config)
         self._count, self._workers = len(rows), config.workers
 

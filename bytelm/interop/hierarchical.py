@@ -1,4 +1,4 @@
-"""Published weights and configs of HAT, SpaceByte and its MegaByte <-> ours.
+"""Published weights and configs of HAT, SpaceByte, its MegaByte, and BLT (`blt.py`) <-> ours.
 
 HAT: the names of its released checkpoints (config.json with model_type hierarchical_autoregressive_transformer).
 SpaceByte and MegaByte: the state dict of their authors' code. Rotary pairs stand interleaved there: features of queries
@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bytelm.config import ConfigError, HATConfig, MegaByteConfig, SpaceByteConfig, StackConfig
+from bytelm.config import BLTConfig, ConfigError, HATConfig, MegaByteConfig, SpaceByteConfig, StackConfig
+from bytelm.interop import blt
 from bytelm.models.build import Params
 
 Weights = Mapping[str, NDArray]
+HierarchicalConfig = HATConfig | SpaceByteConfig | MegaByteConfig | BLTConfig
 MODEL_TYPE = "hierarchical_autoregressive_transformer"
 # In the published code, but of no effect: an attention over one key has weight 1 whatever its query.
 DEAD = ("query_norm.weight", "cross_attention.q_proj.weight", "cross_attention.k_proj.weight",
@@ -22,16 +24,18 @@ DEAD = ("query_norm.weight", "cross_attention.q_proj.weight", "cross_attention.k
 
 
 def is_hierarchical(record: dict[str, Any]) -> bool:
-    """Whether a config.json, or the config of a parity case, is of HAT, SpaceByte or MegaByte."""
+    """Whether a config.json, or the config of a parity case, is of HAT, SpaceByte, MegaByte or BLT."""
     inner = record.get("config", record)
-    known = record.get("model_type") == MODEL_TYPE or record.get("model") in ("SpaceByte", "MegaByte")
+    known = record.get("model_type") in (MODEL_TYPE, blt.MODEL_TYPE) or record.get("model") in ("SpaceByte", "MegaByte")
     return known or (isinstance(inner, dict) and "encoder_config" in inner and "backbone_config" in inner)
 
 
-def config_from(record: dict[str, Any], where: str) -> HATConfig | SpaceByteConfig | MegaByteConfig:
+def config_from(record: dict[str, Any], where: str) -> HierarchicalConfig:
     """Our config of a published one. Raises ConfigError naming what is missing or not supported."""
     inner = record.get("config", record)
     try:
+        if record.get("model_type") == blt.MODEL_TYPE:
+            return blt.config_from(record)
         if "encoder_config" in inner:
             return _hat_config(inner)
         return _megabyte_config(inner) if record.get("model") == "MegaByte" else _spacebyte_config(inner)
@@ -41,18 +45,22 @@ def config_from(record: dict[str, Any], where: str) -> HATConfig | SpaceByteConf
         raise ConfigError(f"{where}: {e}") from None
 
 
-def trained_length(record: dict[str, Any], config: HATConfig | SpaceByteConfig | MegaByteConfig) -> int:
+def trained_length(record: dict[str, Any], config: HierarchicalConfig) -> int:
     """Bytes per row that a published model can read. Raises ConfigError for a length that is none."""
-    if not isinstance(config, HATConfig):
+    if isinstance(config, SpaceByteConfig | MegaByteConfig):
         return config.longest_row or 8192
+    if isinstance(config, BLTConfig):
+        return blt.TRAINED_LENGTH
     longest = record.get("config", record).get("max_position_embeddings") or 8192
     if type(longest) is not int or longest < 1:
         raise ConfigError(f"max_position_embeddings={longest!r}: must be a whole number above 0")
     return longest
 
 
-def params_from(weights: Weights, config: HATConfig | SpaceByteConfig | MegaByteConfig) -> Params:
+def params_from(weights: Weights, config: HierarchicalConfig) -> Params:
     """Our parameters of a state dict. Raises KeyError for a missing tensor."""
+    if isinstance(config, BLTConfig):
+        return blt.params_from(weights, config)
     if isinstance(config, HATConfig):
         return _hat_params(weights, config)
     if isinstance(config, SpaceByteConfig):
@@ -60,7 +68,7 @@ def params_from(weights: Weights, config: HATConfig | SpaceByteConfig | MegaByte
     return _megabyte_params(weights, config)
 
 
-def used_names(weights: Weights, config: HATConfig | SpaceByteConfig | MegaByteConfig) -> set[str]:
+def used_names(weights: Weights, config: HierarchicalConfig) -> set[str]:
     """The tensors that our parameters are made of, and those that are known to be of no effect."""
 
     class Recording(dict):
@@ -68,8 +76,13 @@ def used_names(weights: Weights, config: HATConfig | SpaceByteConfig | MegaByteC
             seen.add(name)
             return weights[name]
 
+        def __contains__(self, name):
+            return name in weights
+
     seen: set[str] = set()
     params_from(Recording(), config)
+    if isinstance(config, BLTConfig):
+        return seen | {name for name in weights if blt.is_dead(name, config)}
     dead = {name for name in weights if name.endswith(DEAD)}
     if isinstance(config, HATConfig) and not config.guide_every_layer:  # norms of guides that later layers do not have
         dead |= {f"decoder.decoder_layers.{i}.kv_norm.weight" for i in _layers(config.decoder) if i} & set(weights)

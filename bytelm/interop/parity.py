@@ -62,7 +62,7 @@ def run_case(case: Path, precision: str = "highest") -> dict[str, Any]:
         else:
             raise ConfigError(
                 f"{case}: this version of bytelm runs parity cases of the flat family, H-Net, ByT5, MrT5, "
-                "HAT, SpaceByte and MegaByte"
+                "HAT, SpaceByte, MegaByte and BLT"
             )
     result: dict[str, Any] = {"family": family}
     keys = ("max_abs_logit_error", "max_abs_prob_error", "boundaries_equal", "max_abs_gate_error", "positions_equal",

@@ -1,6 +1,7 @@
-"""Parity cases of HAT, SpaceByte and MegaByte: the reference's config (wrapped in `config`) and state dict, and in
-io.safetensors tokens [b, t], logits [b, t, 256]; HAT: n_bytes, word_ids [b, t] (-1: padding); the others: targets,
-loss (mean nats), and where patches begin: global_ts [b, c], global_T (how many).
+"""Parity cases of HAT, SpaceByte, MegaByte and BLT: the reference's config (wrapped in `config`, or BLT's config.json)
+and state dict, and in io.safetensors tokens [b, t], logits [b, t, v]; HAT: n_bytes, word_ids [b, t] (-1: padding);
+SpaceByte and MegaByte: targets, loss (mean nats), and where patches begin: global_ts [b, c], global_T (how many); BLT:
+the same as begins [b, t].
 
 HAT's cached steps are compared with our own forward pass, both with strict guides: the reference's guide knows a word's
 first character before it is whole.
@@ -59,6 +60,8 @@ def measure_hierarchical(case: Path, io: Tensors, weights: Tensors) -> tuple[str
         for row, at, n in zip(wanted, io["global_ts"], io["global_T"].ravel()):
             row[at[:n]] = True
         found["boundaries_equal"] = bool((np.asarray(boundary) == wanted).all())
+    if "begins" in io:
+        found["boundaries_equal"] = bool((np.asarray(boundary) == (io["begins"] > 0)).all())
     if "loss" in io:
         need_tensors(io, case, "targets")
         found["loss_error"] = abs(float(np.mean(np.asarray(nll, np.float64))) - float(io["loss"].ravel()[0]))

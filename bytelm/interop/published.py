@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from bytelm.checkpoint import CheckpointError
-from bytelm.config import ConfigError, HATConfig, HNetConfig, MegaByteConfig, ModelConfig, SpaceByteConfig, T5Config
+from bytelm.config import ConfigError, HNetConfig, ModelConfig, T5Config
 from bytelm.interop import hierarchical, hnet, t5
 from bytelm.interop.torch_file import TorchFile
 from bytelm.interop.weights import is_weights_dir, load_config, load_weights, write_tensors
@@ -237,10 +237,8 @@ def _hierarchical(record: dict, where: str, file: Path) -> StoredModel:
     return StoredModel(config, hierarchical.trained_length(record, config), read)
 
 
-def check_hierarchical(
-    tensors: Mapping[str, NDArray], config: HATConfig | SpaceByteConfig | MegaByteConfig, where: str
-) -> None:
-    """Raises CheckpointError for tensors of a HAT, SpaceByte or MegaByte that are missing, unknown or misshapen."""
+def check_hierarchical(tensors: Mapping[str, NDArray], config: hierarchical.HierarchicalConfig, where: str) -> None:
+    """Raises CheckpointError for tensors of a hierarchical model that are missing, unknown or misshapen."""
     try:
         used = hierarchical.used_names(tensors, config)
         params = hierarchical.params_from(tensors, config)

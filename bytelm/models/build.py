@@ -8,7 +8,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from bytelm.config import (
+    BLTConfig,
     ConfigError,
+    DataConfig,
+    EntropyConfig,
     FlatConfig,
     HATConfig,
     HNetConfig,
@@ -18,24 +21,25 @@ from bytelm.config import (
     T5Config,
 )
 from bytelm.data.words import WordRule
+from bytelm.models.blt import BLT
 from bytelm.models.hat import HAT, hat_ids
 from bytelm.models.hnet import HNet
 from bytelm.models.megabyte import MegaByte
 from bytelm.models.spacebyte import SPACEBYTE_IDS, SpaceByte
 from bytelm.models.t5 import T5
 from bytelm.models.transformer import FlatModel
-from bytelm.vocab import FLAT_IDS, HNET_IDS, T5_IDS, ByteIds
+from bytelm.vocab import BLT_IDS, FLAT_IDS, HNET_IDS, T5_IDS, ByteIds
 
 Params = dict[str, Any]  # nested dict of arrays
 
 
 FAMILIES: dict[type, Any] = {
     FlatConfig: FlatModel, HNetConfig: HNet, T5Config: T5, HATConfig: HAT, SpaceByteConfig: SpaceByte,
-    MegaByteConfig: MegaByte,
+    MegaByteConfig: MegaByte, BLTConfig: BLT,
 }  # fmt: skip
 IDS = {
     FlatConfig: FLAT_IDS, HNetConfig: HNET_IDS, T5Config: T5_IDS, SpaceByteConfig: SPACEBYTE_IDS,
-    MegaByteConfig: SPACEBYTE_IDS,
+    MegaByteConfig: SPACEBYTE_IDS, BLTConfig: BLT_IDS,
 }  # fmt: skip
 
 
@@ -56,6 +60,18 @@ def byte_ids(config: ModelConfig, reserved: str = "error") -> ByteIds:
 def word_rule(config: ModelConfig) -> WordRule | None:
     """How words of training text are marked for a model that needs it."""
     return WordRule(config.rule, config.max_word) if isinstance(config, HATConfig) else None
+
+
+def entropy_rule(config: ModelConfig) -> EntropyConfig | None:
+    """The entropy model and rule of a model that has one (parameters `patcher/`)."""
+    if isinstance(config, BLTConfig) or (isinstance(config, HNetConfig) and config.chunker == "entropy"):
+        return config.patcher
+    return None
+
+
+def is_marked(config: ModelConfig, data: DataConfig) -> bool:
+    """Whether the pipeline marks the bytes of training rows: words, and patches by entropy that are stored."""
+    return isinstance(config, HATConfig) or (entropy_rule(config) is not None and data.marks == "stored")
 
 
 def structure(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bytelm.config import (
+    BLTConfig,
     FlatConfig,
     HATConfig,
     HNetConfig,
@@ -49,11 +50,14 @@ def stack_flops(config: StackConfig, t: float) -> float:
 
 def target_bytes_per_chunk(config: ModelConfig) -> tuple[float, ...]:
     """Bytes per unit of each level before anything is measured. H-Net: if every level meets its target, the products of
-    the targets; words and patches: what English has (4.4 with the Unicode rule, else 5.5), or the patch."""
+    the targets; words and patches: what English has (4.4 with the Unicode rule, else 5.5), the patch, or 4.5 by
+    entropy, where the threshold decides."""
     if isinstance(config, MegaByteConfig):
         return (float(config.patch),)
     if isinstance(config, SpaceByteConfig):
         return (float(config.period) if config.patches == "periodic" else 5.5,)
+    if isinstance(config, BLTConfig):
+        return (4.5,)
     if isinstance(config, HATConfig):
         return (4.4 if config.rule == "unicode" else 5.5,)
     if not isinstance(config, HNetConfig):
@@ -88,6 +92,8 @@ def unit_stacks(model: UnitConfig, t: int, slots: Sequence[int]) -> list[tuple[S
     """Every stack of a model with units, and the elements of a row that it runs over."""
     if isinstance(model, HATConfig):
         return [(model.encoder, t), (model.backbone, slots[0]), (model.decoder, t)]
+    if isinstance(model, BLTConfig):
+        return [(model.encoder, t), (model.main, slots[0]), (model.decoder, t)]
     if isinstance(model, SpaceByteConfig):
         return [(model.initial, t), (model.main, slots[0]), (model.final, t)]
     if isinstance(model, MegaByteConfig):
@@ -120,6 +126,19 @@ def megabyte_flops(c: MegaByteConfig, t: float, span: float) -> float:
     return local + stack_flops(c.main, max(t / span, 1.0)) / span
 
 
+def blt_flops(c: BLTConfig, t: float, span: float) -> float:
+    """Forward FLOPs per byte of a BLT with `span` bytes a patch; without the patcher, which training does not run."""
+    d, wider, k = c.encoder.d_model, c.main.d_model, c.queries
+    heads = lambda s: (s.num_heads * s.head_width, s.kv_heads * s.head_width)  # noqa: E731
+    (inner, kv), (inner2, kv2) = heads(c.encoder), heads(c.decoder)
+    reads = sum(n for _, n in parse_layout(c.decoder.layout)) if c.read_every_layer else 1
+    per_byte = stack_flops(c.encoder, t) + stack_flops(c.decoder, t) + 2 * d * 260
+    per_byte += 4 * d * kv + 4 * k * inner + reads * (4 * d * inner2 + 4 * k * inner2)
+    per_patch = k * (2 * d * d + 4 * d * inner + 2 * wider * d + reads * 4 * d * kv2)
+    per_patch += 2 * k * d * wider if k * d != wider else 0
+    return per_byte + (per_patch + stack_flops(c.main, max(t / span, 1.0))) / span
+
+
 def forward_flops(config: FlatConfig | UnitConfig, t: int, bytes_per_chunk: Sequence[float] = ()) -> float:
     """Forward FLOPs per byte of a model on rows of t bytes. `bytes_per_chunk`: bytes per unit of each level (default:
     `target_bytes_per_chunk`)."""
@@ -132,6 +151,8 @@ def forward_flops(config: FlatConfig | UnitConfig, t: int, bytes_per_chunk: Sequ
         return spacebyte_flops(config, t, spans[1])
     if isinstance(config, MegaByteConfig):
         return megabyte_flops(config, t, spans[1])
+    if isinstance(config, BLTConfig):
+        return blt_flops(config, t, spans[1])
     total = 2.0 * config.d_model[0] * 256
     for s, span in enumerate(spans):
         rows = max(t / span, 1.0)

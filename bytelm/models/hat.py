@@ -25,7 +25,7 @@ from bytelm.models.word_steps import DECIDED, WAITING, WordState, new_words, rea
 from bytelm.nn.cache import StackCache
 from bytelm.nn.layers import Embedding, HeadNorm, Linear, make_norm, rotate, wide
 from bytelm.nn.segment import segment_softmax
-from bytelm.nn.stack import Guide, Stack
+from bytelm.nn.stack import SlotGuide, Stack, StepGuide
 from bytelm.parallel.mesh import shard
 from bytelm.vocab import ByteIds
 
@@ -196,14 +196,14 @@ class HAT(nnx.Module):
         units = make_units(begins, segments, slots)
         return units, units.number - jnp.minimum(unknown, units.index)
 
-    def _guide(self, o, units: Units, reads, segments) -> Guide:
+    def _guide(self, o, units: Units, reads, segments) -> SlotGuide:
         """Guides of all decoder layers. The guide of word i is the output for word i - 1; of a document's first word,
         and where that output has no slot and the last slot is another document's, the learned one."""
         slot = jnp.minimum(reads - 1, units.slots - 1)
         if units.document is not None:
             there = jnp.take_along_axis(units.document, jnp.maximum(slot, 0), axis=1)
             slot = jnp.where(there == segments, slot, -1)
-        return Guide(self._guides(o), self._guides(self.first_word[...]), slot)
+        return SlotGuide(self._guides(o), self._guides(self.first_word[...]), slot)
 
     def __call__(
         self,
@@ -291,7 +291,7 @@ class HAT(nnx.Module):
 
         carry = (cache.index, cache.pool, cache.backbone, cache.guide)
         (index, pool, backbone, guide), _ = jax.lax.scan(one, carry, jnp.arange(DECIDED))
-        y, decoder = self.decoder.step(h, cache.decoder, guide=self._guides(guide))
+        y, decoder = self.decoder.step(h, cache.decoder, guide=StepGuide(self._guides(guide)))
         # What still waits: the new byte alone behind bytes that were none, or all that waited and the new one.
         from_ = jnp.minimum(waited + 1 - words.waiting, WAITING)[:, None] + jnp.arange(WAITING)
         from_ = jnp.minimum(from_, WAITING)[..., None, None]

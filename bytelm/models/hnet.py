@@ -30,6 +30,7 @@ from bytelm.models.chunking import (
     smooth_step,
     straight_through,
 )
+from bytelm.models.patcher import Patcher, PatchState, begins_of, flat_ids
 from bytelm.models.told import ToldState, no_bytes, told_behind, told_boundaries, told_step
 from bytelm.nn.cache import StackCache
 from bytelm.nn.compaction import compact, expand, newest_slot, slot_positions
@@ -61,7 +62,7 @@ class StageCache:
     last: Float[Array, "b d"]  # encoder output of the step before
     value: Float[Array, "b e"]  # smoothed output of the inner network at the newest chunk
     inner: Any  # StageCache, or StackCache of the innermost stage
-    told: ToldState | None = None  # of a rule in the router's place
+    told: ToldState | PatchState | None = None  # of a rule in the router's place
 
 
 @jax.tree_util.register_dataclass
@@ -275,14 +276,20 @@ class HNet(nnx.Module):
         self.backbone = _make_stage(config, 0, d, 0, rngs)
         if not config.tie_embeddings:
             self.head = Linear((d,), (VOCABULARY,), std=config.init_std, dtype=config.dtype, rngs=rngs, widen=True)
+        if config.chunker == "entropy":
+            self.patcher = Patcher(config.patcher, rngs=rngs)
 
     def _logits(self, y):
         return self.embed.attend(y) if self.config.tie_embeddings else self.head(y)
 
-    def _told(self, inputs, segments) -> Bool[Array, "b t"] | None:
+    def _told(self, inputs, segments, marks=None) -> Bool[Array, "b t"] | None:
         """Boundaries of the rule that stands in the outermost router's place, if one does."""
         if not self.told:
             return None
+        if self.config.chunker == "entropy":
+            fires = self.patcher.fires(flat_ids(inputs, self.ids), segments) if marks is None else marks > 0
+            starts = segment_starts(segments, *inputs.shape)
+            return begins_of(fires | starts, starts)
         return told_boundaries(self.config.chunker, self.config.targets[0], inputs, segments)
 
     def __call__(
@@ -290,16 +297,18 @@ class HNet(nnx.Module):
         inputs: Int[Array, "b t"],
         segments: Int[Array, "b t"] | None = None,
         capacity: tuple[int, ...] | None = None,
+        marks: Int[Array, "b t"] | None = None,
     ) -> Output:
         """Logits of the next id after each input, the weighted ratio losses, and what each level decided.
 
         Where `segments` changes nothing flows across; 0 is padding. `capacity` is the number of chunk slots at each
-        level, outermost first.
+        level, outermost first. `marks`, for chunks by entropy, is above 0 at positions behind which one begins;
+        without, the patcher says so.
         """
         b, t = inputs.shape
         position = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
         valid = jnp.ones((b, t), bool) if segments is None else segments > 0
-        row = Row(position, valid, segments, self._told(inputs, segments))
+        row = Row(position, valid, segments, self._told(inputs, segments, marks))
         y, levels = self.backbone(self.embed(inputs), row, capacity)
         loss, metrics = jnp.zeros((), jnp.float32), {}
         for i, (level, target) in enumerate(zip(levels, self.config.targets)):
@@ -318,7 +327,12 @@ class HNet(nnx.Module):
     ) -> tuple[Float[Array, "b v"], Any]:
         """Logits after each row's last input and the cache behind it; rows are right-padded, lengths at least 1."""
         told = self._told(inputs, None)
-        more = () if told is None else ((told, told_behind(self.config.chunker, inputs, lengths)),)
+        if told is None:
+            more = ()
+        elif self.config.chunker == "entropy":
+            more = ((told, self.patcher.behind(flat_ids(inputs, self.ids), lengths, max_length)),)
+        else:
+            more = ((told, told_behind(self.config.chunker, inputs, lengths)),)
         y, cache = self.backbone.prefill(self.embed(inputs), lengths, max_length, *more)
         return self._logits(_at(y, lengths - 1)), cache
 
@@ -337,7 +351,10 @@ class HNet(nnx.Module):
         """The first half of a step of the active rows, up to the outermost router."""
         assert isinstance(self.backbone, Stage)
         boundary = None
-        if cache.told is not None:
+        if isinstance(cache.told, PatchState):
+            boundary = cache.told.next
+            cache = replace(cache, told=self.patcher.read(flat_ids(inputs, self.ids), cache.told, active))
+        elif cache.told is not None:
             state, boundary = told_step(self.config.chunker, self.config.targets[0], cache.told, inputs, active)
             cache = replace(cache, told=state)
         return self.backbone.front(self.embed(inputs), cache, active, boundary)
@@ -358,4 +375,7 @@ class HNet(nnx.Module):
     def empty_cache(self, b: int, max_length: int) -> Any:
         """The cache of rows that have seen nothing yet."""
         cache = self.backbone.empty_cache(b, max_length)
-        return replace(cache, told=no_bytes(b)) if isinstance(cache, StageCache) and self.told else cache
+        if not isinstance(cache, StageCache) or not self.told:
+            return cache
+        entropy = self.config.chunker == "entropy"
+        return replace(cache, told=self.patcher.no_bytes(b, max_length) if entropy else no_bytes(b))

@@ -6,7 +6,7 @@ with its position and the slots of the cache that it may look at, so that the no
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -219,3 +219,10 @@ class TokenLM(nnx.Module):
         x, (k, v) = jax.lax.scan(layer, x, (self.blocks, self._windows(), cache.k, cache.v))
         x = x.reshape(-1, x.shape[-1])[wanted]
         return self._logits(x), dataclasses.replace(cache, k=k, v=v)
+
+
+def token_structure(config: TokenLMConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """The network without weights: its graph, and the shapes of its parameters."""
+    model = jax.eval_shape(lambda: TokenLM(config, rngs=nnx.Rngs(params=jax.random.key(0))))
+    graph, state = nnx.split(model, nnx.Param)
+    return graph, nnx.to_pure_dict(state)

@@ -30,9 +30,9 @@ class FlatModel(nnx.Module):
         if not config.tie_embeddings:
             self.head = Linear((d,), (TABLE_ROWS,), std=std, dtype=config.dtype, rngs=rngs, widen=True)
 
-    def _logits(self, y):
+    def _logits(self, y, symbols: int = NUM_SYMBOLS):
         logits = self.embed.attend(y) if self.config.tie_embeddings else self.head(y)
-        return logits[..., :NUM_SYMBOLS]
+        return logits[..., :symbols]
 
     def __call__(
         self,

@@ -27,6 +27,19 @@ def segment_softmax(
     return jax.vmap(row)(scores.astype(kind), values.astype(kind), place)
 
 
+def segment_max(x: Float[Array, "b t d"], segment: Int[Array, "b t"], segments: int) -> Float[Array, "b c d"]:
+    """The largest of each feature over each segment's positions; zero where a segment is empty.
+
+    Positions whose segment is not in 0 .. segments - 1 are left out."""
+    place = jnp.where((segment >= 0) & (segment < segments), segment, segments)
+
+    def row(x, place):
+        top = jnp.full((segments + 1, x.shape[-1]), -jnp.inf, x.dtype).at[place].max(x)[:segments]
+        return jnp.where(jnp.isneginf(top), 0, top)
+
+    return jax.vmap(row)(x, place)
+
+
 def running_last(mark: Bool[Array, "b t"], value: Int[Array, "b t"]) -> Int[Array, "b t"]:
     """At each position the value at the last mark at or before it; values at marks never fall; 0 before the first."""
     return jax.lax.cummax(jnp.where(mark, value, 0), axis=1)

@@ -6,6 +6,7 @@ of H-Net: r += mixer(rms(r)); r += mlp(rms(r)); out = rms(r).
 
 import math
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -62,23 +63,26 @@ def residual_additions(layout: str) -> int:
     return sum(count * (2 if kind.isupper() else 1) for kind, count in parse_layout(layout))
 
 
-def _guided(r, extra, guide: "Guide | None"):
-    """The residual stream with a layer's guide added."""
-    if guide is None:
-        return r
-    value, first = extra
-    added = jnp.where((guide.slot < 0)[..., None], first, expand(value, jnp.maximum(guide.slot, 0)))
-    return r + added.astype(r.dtype)
-
-
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+@runtime_checkable
+class Guide(Protocol):
+    """What happens to the residual stream in front of each block."""
+
+    def at_layers(self, begin: int, count: int) -> Any:
+        """What it needs for these layers: arrays [l, ...]."""
+        ...
+
+    def enter(self, r: Float[Array, "*b d"], layer: Any) -> Float[Array, "*b d"]:
+        """The residual stream that goes into a block, with what `at_layers` gave for it."""
+        ...
 
 
 @jax.tree_util.register_dataclass
 @dataclass
-class Guide:
-    """What is added to the residual stream in front of each block: at position t of a row, `first` where slot[t] is
-    negative, else what stands in that slot."""
+class SlotGuide:
+    """Adds at position t of a row `first` where slot[t] is negative, else what stands in that slot."""
 
     value: Float[Array, "l b c d"]
     first: Float[Array, "l d"]
@@ -86,6 +90,25 @@ class Guide:
 
     def at_layers(self, begin: int, count: int) -> tuple[Array, Array]:
         return self.value[begin : begin + count], self.first[begin : begin + count]
+
+    def enter(self, r: Float[Array, "b t d"], layer: tuple[Array, Array]) -> Float[Array, "b t d"]:
+        value, first = layer
+        added = jnp.where((self.slot < 0)[..., None], first, expand(value, jnp.maximum(self.slot, 0)))
+        return r + added.astype(r.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class StepGuide:
+    """Adds a vector per row, in a step."""
+
+    value: Float[Array, "l b d"]
+
+    def at_layers(self, begin: int, count: int) -> Array:
+        return self.value[begin : begin + count]
+
+    def enter(self, r: Float[Array, "b d"], layer: Float[Array, "b d"]) -> Float[Array, "b d"]:
+        return r + layer
 
 
 class Stack(nnx.Module):
@@ -132,15 +155,15 @@ class Stack(nnx.Module):
         segments: Int[Array, "b t"] | None = None,
         guide: Guide | None = None,
     ) -> Float[Array, "b t d"]:
-        """Causal forward. Positions default to 0..t-1; where `segments` changes, nothing flows across; `guide` is added
-        in front of each block."""
+        """Causal forward. Positions default to 0..t-1; where `segments` changes, nothing flows across; `guide` comes in
+        front of each block."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         r = x.astype(wide(x.dtype))
 
         def body(r, layer):
             block, extra = layer
-            return block(_guided(r, extra, guide), positions, segments), None
+            return block(r if guide is None else guide.enter(r, extra), positions, segments), None
 
         for run, extra in self._guided_runs(guide):
             looped = self.config.scan_layers and run.mixer_norm.scale.shape[0] > 1
@@ -163,7 +186,7 @@ class Stack(nnx.Module):
 
         def body(r, layer):
             block, extra = layer
-            return block.prefill(_guided(r, extra, guide), lengths, max_length)
+            return block.prefill(r if guide is None else guide.enter(r, extra), lengths, max_length)
 
         for (name, _), pair in zip(self._runs(), self._guided_runs(guide)):
             r, caches[name] = self._over_layers(body, r, pair)
@@ -174,22 +197,18 @@ class Stack(nnx.Module):
         x: Float[Array, "b d"],
         cache: StackCache,
         active: Bool[Array, " b"] | None = None,
-        guide: Float[Array, "l b d"] | None = None,
+        guide: Guide | None = None,
     ) -> tuple[Float[Array, "b d"], StackCache]:
         """One position per row. The caller keeps lengths below the cache's room. Rows that are not `active` keep their
         cache, and their output is of no use."""
         r, caches = x.astype(wide(x.dtype)), {}
 
         def body(r, layer):
-            block, cache_, extra = layer
-            return block.step(r if extra is None else r + extra, cache_, cache.lengths, active)
+            (block, extra), cache_ = layer
+            return block.step(r if guide is None else guide.enter(r, extra), cache_, cache.lengths, active)
 
-        begin = 0
-        for name, run in self._runs():
-            count = run.mixer_norm.scale.shape[0]
-            extra = None if guide is None else guide[begin : begin + count]
-            r, caches[name] = self._over_layers(body, r, (run, cache.runs[name], extra))
-            begin += count
+        for (name, _), pair in zip(self._runs(), self._guided_runs(guide)):
+            r, caches[name] = self._over_layers(body, r, (pair, cache.runs[name]))
         return self._close(r), StackCache(cache.lengths + (1 if active is None else active), caches)
 
     def empty_cache(self, b: int, max_length: int) -> StackCache:

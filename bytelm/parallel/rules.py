@@ -16,7 +16,7 @@ from bytelm.parallel.mesh import to_spec
 
 # Parameters inside a run of blocks carry a leading "layers" axis.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"((local_)?embed|positions|ranks)/table", (None, "embed")),
+    (r"((local_)?embed|hashes|positions|ranks)/table", (None, "embed")),
     (r"head/kernel", ("embed", None)),
     (r"(stack|encoder|decoder|main|final|local)/norm/scale", (None,)),
     (r"router/[qk]/kernel", ("embed", None)),
@@ -60,6 +60,15 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"guide/layer/norm/scale", ("layers", None)),
     (r"guide/layer/v/kernel", ("layers", "embed", "some_heads", None)),
     (r"guide/layer/out/kernel", ("layers", "some_heads", None, "embed")),
+    (r"pool/split/kernel", ("embed", None, None)),
+    (r"pool/cross/[qk]_norm/scale", (None,)),
+    (r"pool/cross/[qkv]/kernel", ("embed", "some_heads", None)),
+    (r"pool/cross/out/kernel", ("some_heads", None, "embed")),
+    (r"join/kernel", (None, None, "embed")),
+    (r"part/kernel", ("embed", None, None)),
+    (r"read/[qk]_norm/scale", ("layers", None)),
+    (r"read/[qkv]/kernel", ("layers", "embed", "some_heads", None)),
+    (r"read/out/kernel", ("layers", "some_heads", None, "embed")),
     (r"coarse/kernel", ("embed", None)),
     (r"coarse/bias", (None,)),
     (r"pool/bias", (None,)),

@@ -1,18 +1,34 @@
-"""Starting weights from another run, a weights directory, or a published checkpoint (train.init_from)."""
+"""Starting weights out of other models: a run, a weights directory or a published checkpoint (train.init_from), the
+entropy model that cuts patches (train.patcher), the blocks of a tokenized model (train.backbone)."""
 
+import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from bytelm.checkpoint import CheckpointError, find_checkpoint, read_meta, restore_params, stored_config
-from bytelm.config import ConfigError
+from bytelm.config import (
+    BLTConfig,
+    Config,
+    ConfigError,
+    FlatConfig,
+    HATConfig,
+    HNetConfig,
+    MegaByteConfig,
+    ModelConfig,
+    SpaceByteConfig,
+    StackConfig,
+)
+from bytelm.interop.backbone import open_blocks
 from bytelm.interop.published import is_model, open_model
 from bytelm.interop.weights import shapes_match
-from bytelm.models.build import Params, structure
+from bytelm.models.build import Params, entropy_rule, structure
 from bytelm.parallel.hosts import place
 from bytelm.parallel.rules import path_string
+from bytelm.vocab import NUM_SYMBOLS
 
 # What a model may have that the weights it starts from do not: a ByT5 becomes an MrT5.
 FRESH = re.compile(r"encoder/(delete_gate|boundary|pool)/")
@@ -24,17 +40,7 @@ def load_initial_params(source: str, abstract: Params, fresh: Params) -> tuple[P
 
     Raises ConfigError when it is neither a run nor a weights directory, or its parameters have other names or shapes.
     """
-    path = Path(source)
-    try:
-        stored, folder = None, path
-        if is_model(path):
-            stored = open_model(path)
-            config = stored.config
-        else:
-            folder = path if (path / "meta").is_dir() else find_checkpoint(path)
-            config = stored_config(read_meta(folder), str(folder)).model
-    except CheckpointError as e:
-        raise ConfigError(f"train.init_from={source}: {e}") from None
+    config, read = _open(source, "train.init_from")
     there = structure(config)[1]
     have = {path_string(path) for path, _ in jax.tree.leaves_with_path(there)}
     kept = [
@@ -47,12 +53,85 @@ def load_initial_params(source: str, abstract: Params, fresh: Params) -> tuple[P
         raise ConfigError(
             f"train.init_from={source}: its weights do not fit this model (there / here): " + "; ".join(different[:6])
         )
-    if stored is not None:
-        found = jax.tree.map(lambda value, a: place(np.asarray(value), a.sharding), stored.read(), wanted)
-    else:
-        found = restore_params(folder, wanted)
+    found = read(wanted)
     flat = {path_string(path): x for path, x in jax.tree.leaves_with_path(found)}
     return jax.tree.map_with_path(lambda path, x: flat.get(path_string(path), x), fresh), kept
+
+
+def _open(source: str, field: str) -> tuple[ModelConfig, Callable[[Params], Params]]:
+    """The model in a run, a weights directory or a published checkpoint, and a function that reads its weights into the
+    layout of shapes with shardings. Raises ConfigError naming the field when it is none."""
+    path = Path(source)
+    try:
+        if is_model(path):
+            stored = open_model(path)
+            put = lambda value, a: place(np.asarray(value), a.sharding)  # noqa: E731
+            return stored.config, lambda wanted: jax.tree.map(put, stored.read(), wanted)
+        folder = path if (path / "meta").is_dir() else find_checkpoint(path)
+        return stored_config(read_meta(folder), str(folder)).model, lambda wanted: restore_params(folder, wanted)
+    except CheckpointError as e:
+        raise ConfigError(f"{field}={source}: {e}") from None
+
+
+def with_parts(config: Config) -> Config:
+    """The config with what train.patcher and train.backbone say of those parts of the model. Raises ConfigError for
+    parts that the model does not have, or that do not fit."""
+    model = config.model
+    if config.train.patcher:
+        rule = entropy_rule(model)
+        if rule is None or not isinstance(model, BLTConfig | HNetConfig):
+            raise ConfigError(
+                f"train.patcher={config.train.patcher}: this {model.family} model has no patches by entropy"
+            )
+        flat, _ = _open(config.train.patcher, "train.patcher")
+        if not isinstance(flat, FlatConfig):
+            raise ConfigError(f"train.patcher={config.train.patcher}: a {flat.family} model; only a flat one can be it")
+        rule = dataclasses.replace(rule, stack=flat.stack, tie_embeddings=flat.tie_embeddings, symbols=NUM_SYMBOLS)
+        model = dataclasses.replace(model, patcher=rule)
+    if config.train.backbone:
+        if not isinstance(model, HATConfig | SpaceByteConfig | MegaByteConfig | BLTConfig):
+            raise ConfigError(
+                f"train.backbone={config.train.backbone}: a {model.family} model has no backbone over units"
+            )
+        blocks = _blocks(config.train.backbone)[0]
+        own = getattr(model, backbone_field(model))
+        stack = dataclasses.replace(blocks, attention=own.attention, scan_layers=own.scan_layers, remat=own.remat)
+        if isinstance(model, HATConfig):
+            model = dataclasses.replace(model, backbone=stack)
+        else:
+            model = dataclasses.replace(model, main=stack)
+    return dataclasses.replace(config, model=model)
+
+
+def backbone_field(model: HATConfig | SpaceByteConfig | MegaByteConfig | BLTConfig) -> str:
+    """Name of the stack over units: of its config, and of its parameters."""
+    return "backbone" if isinstance(model, HATConfig) else "main"
+
+
+def _blocks(source: str) -> tuple[StackConfig, Callable[[], Params]]:
+    """The blocks of a tokenized model as a stack, and a function that reads their weights."""
+    try:
+        return open_blocks(Path(source))
+    except CheckpointError as e:
+        raise ConfigError(f"train.backbone={source}: {e}") from None
+
+
+def load_parts(config: Config, abstract: Params, params: Params) -> Params:
+    """`params` with the weights of train.patcher and train.backbone in their places."""
+    out = dict(params)
+    if config.train.patcher:
+        out["patcher"] = _open(config.train.patcher, "train.patcher")[1](abstract["patcher"])
+    elif "patcher" in params and not config.train.init_from:
+        raise ConfigError(
+            "train.patcher is not set: patches by entropy need the model that finds them. Train a small flat one with "
+            "windows (configs/entropy_tiny.yaml), choose a threshold with bytelm patches, and name its run here"
+        )
+    if config.train.backbone:
+        assert isinstance(config.model, HATConfig | SpaceByteConfig | MegaByteConfig | BLTConfig)
+        name, blocks = backbone_field(config.model), _blocks(config.train.backbone)[1]()
+        put = lambda x, a: place(np.asarray(x, np.float32), a.sharding)  # noqa: E731
+        out[name] = jax.tree.map(put, blocks, abstract[name])
+    return out
 
 
 def _without(tree: Params, names: list[str]) -> Params:

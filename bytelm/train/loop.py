@@ -36,14 +36,15 @@ from bytelm.evals.bpb import BitsPerByte
 from bytelm.evals.chunk_history import ChunkHistory
 from bytelm.evals.seq2seq import TargetScore
 from bytelm.metrics import MetricsLog, git_commit, plot_losses, versions
-from bytelm.models.build import byte_ids, count_parameters, word_rule
+from bytelm.models.build import byte_ids, count_parameters
 from bytelm.models.flops import TRAIN_FACTOR, forward_flops, t5_flops, trained_kept
 from bytelm.parallel import hosts
 from bytelm.parallel.mesh import check_rows, make_mesh
 from bytelm.train.capacity import Capacity, next_capacity, possible_capacity, time_to_choose
 from bytelm.train.evaluation import make_evaluation
 from bytelm.train.health import Diverged, Health, with_bits
-from bytelm.train.init import load_initial_params
+from bytelm.train.init import load_initial_params, load_parts, with_parts
+from bytelm.train.patches import text_marks
 from bytelm.train.progress import Progress, amount, clock
 from bytelm.train.signals import stop_on_signal
 from bytelm.train.speed import Speed
@@ -75,6 +76,7 @@ def train(config: Config) -> Result:
     (saved), Diverged after train.max_skipped batches in a row whose loss is not finite.
     """
     began = time.monotonic()
+    config = with_parts(config)
     hosts.start(config.hosts)
     enable_compilation_cache(config)
     run_dir = Path(config.train.run_dir).expanduser()
@@ -105,11 +107,12 @@ def train(config: Config) -> Result:
                 )
                 new = f"; new: {', '.join(fresh)}" if fresh else ""
                 progress.note(f"weights from {config.train.init_from}{new}")
+            state["params"] = load_parts(config, setup.abstract["params"], state["params"])
         step, best = int(state["step"]), meta.get("best_bpb")
         if meta.get("best_over") != _best_over(config):  # evaluations of other text or size do not compare
             best = None
         batches = Batches(sources, config.data, ids, seed=config.train.seed, state=data_state, rows=mine,
-                          words=word_rule(config.model))  # fmt: skip
+                          marks=text_marks(config, sources, state["params"], progress.note))  # fmt: skip
         stack.callback(batches.close)
 
         log = MetricsLog(run_dir, step, config.train.tensorboard, config.train.wandb_project, writes=first)

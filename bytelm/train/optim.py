@@ -1,4 +1,4 @@
-"""AdamW, schedules, and per-parameter learning-rate multipliers, from OptimConfig."""
+"""AdamW, schedules, per-parameter learning-rate multipliers and frozen parameters, from OptimConfig."""
 
 import re
 from collections.abc import Callable
@@ -73,17 +73,61 @@ def lr_factors(config: OptimConfig, params: Params, model: ModelConfig | None = 
     return factors
 
 
+NEVER = 2**31 - 1  # steps: a parameter that is not trained at all
+
+
+def held_steps(config: OptimConfig, params: Params) -> Params:
+    """For how many steps each parameter stays as it is: the first pattern of `freeze` that its path matches; NEVER for
+    entropy models, whose cuts are data; else 0. Raises ConfigError for a pattern that matches no parameter."""
+    used = set()
+
+    def steps(path, _):
+        name = path_string(path)
+        if name.startswith("patcher/"):
+            return NEVER
+        for pattern, n in config.freeze:
+            if re.search(pattern, name):
+                used.add(pattern)
+                return n
+        return 0
+
+    held = jax.tree.map_with_path(steps, params)
+    for pattern, _ in config.freeze:
+        if pattern not in used:
+            raise ConfigError(f"optim.freeze: {pattern!r} matches no parameter (or an earlier pattern took all)")
+    return held
+
+
+def hold(held: Params) -> optax.GradientTransformation:
+    """Zero in place of the updates of parameters that stay as they are."""
+    if not any(jax.tree.leaves(held)):
+        return optax.identity()
+
+    def init(params):
+        return {"held": jnp.zeros((), jnp.int32)}
+
+    def update(updates, state, params=None):
+        kept = jax.tree.map(lambda u, n: jnp.where(state["held"] < n, 0, u) if n else u, updates, held)
+        return kept, {"held": state["held"] + 1}
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(
     config: OptimConfig, steps: int, params: Params, model: ModelConfig | None = None
 ) -> optax.GradientTransformation:
-    """Clip, Adam, decoupled decay, multipliers, schedule. `params` may be shapes."""
+    """Clip, Adam, decoupled decay, multipliers, schedule; frozen parameters neither count nor move. `params` may be
+    shapes."""
     rate = learning_rate(config, steps)
     factors = lr_factors(config, params, model)
     scale = optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u if f == 1.0 else u * f, updates, factors))
+    frozen = hold(held_steps(config, params))
     return optax.chain(
+        frozen,
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(config, params)),
         scale,
         optax.scale_by_schedule(lambda step: -rate(step)),
+        frozen,
     )

@@ -11,11 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from bytelm.config import Config, HATConfig, T5Config
+from bytelm.config import Config, T5Config
 from bytelm.data.pipeline import Batch
 from bytelm.data.seq2seq import target_length
 from bytelm.models.base import Level, Network
-from bytelm.models.build import Params, byte_ids
+from bytelm.models.build import Params, byte_ids, is_marked
 from bytelm.models.chunk_metrics import row_need
 from bytelm.models.deletion import next_control
 from bytelm.models.t5 import Control, Mode
@@ -28,7 +28,7 @@ from bytelm.train.losses import token_nll
 from bytelm.train.state import Setup, State
 
 SUMS = ("nll", "scored")  # metrics that microbatches add up to; the others are averaged
-# What a network is given of a batch; the source is for encoder-decoders, marks are for models of words.
+# What a network is given of a batch; the source is for encoder-decoders, marks for models of words or entropy.
 FED = ("inputs", "targets", "segments", "source", "marks")
 DeviceBatch = dict[str, Array]  # FED, each [b, t]; and from several processes "wishes" [b, 2]: to stop, to save
 
@@ -36,7 +36,7 @@ DeviceBatch = dict[str, Array]  # FED, each [b, t]; and from several processes "
 def fed_shapes(config: Config) -> dict[str, tuple[int, int]]:
     """Shape of each array that a step is given."""
     rows, t = config.data.batch_size, config.data.seq_len
-    if isinstance(config.model, HATConfig):
+    if is_marked(config.model, config.data):
         return dict.fromkeys((*FED[:3], "marks"), (rows, t))
     if not isinstance(config.model, T5Config):
         return dict.fromkeys(FED[:3], (rows, t))
@@ -48,9 +48,9 @@ def is_cast(path: str, dtype: str) -> bool:
 
     The embedding table, convolutions, norms, biases and rates stay float32: their gradients are sums over all
     positions, which bfloat16 cannot hold. So do H-Net's routers and residual projections and the delete gate, which
-    compute in float32.
+    compute in float32, and entropy models, whose cuts must be the same wherever they are made.
     """
-    wide = any(part in path for part in ("conv", "router", "residual", "delete_gate", "pool"))
+    wide = any(part in path for part in ("conv", "router", "residual", "delete_gate", "pool", "patcher"))
     return dtype != "float32" and path.endswith("kernel") and not wide
 
 
@@ -70,11 +70,11 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
     """
     accum, end = config.train.grad_accum, byte_ids(config.model).end
 
-    reads, words = isinstance(config.model, T5Config), isinstance(config.model, HATConfig)
+    reads, marked = isinstance(config.model, T5Config), is_marked(config.model, config.data)
 
     def micro_loss(params, batch, total, control, capacity):
         network: Network = nnx.merge(setup.graph, cast_matrices(params, config.model.dtype))
-        more = dict(source=batch["source"], control=control) if reads else dict(marks=batch["marks"]) if words else {}
+        more = dict(source=batch["source"], control=control) if reads else dict(marks=batch["marks"]) if marked else {}
         out = network(batch["inputs"], batch["segments"], capacity or None, **more)
         weights = batch["segments"] > 0
         if out.scored is not None:

@@ -12,11 +12,12 @@ from safetensors.numpy import load_file
 
 from bytelm.byteview.cover import Node, chain
 from bytelm.byteview.readings import State
-from bytelm.byteview.token_model import TokenModel, token_structure
+from bytelm.byteview.token_model import TokenModel
 from bytelm.checkpoint import CheckpointError
 from bytelm.config import ConfigError
 from bytelm.interop.published import open_tensors
 from bytelm.interop.token_lm import config_from, params_from
+from bytelm.models.token_lm import token_structure
 
 SHAPE = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip

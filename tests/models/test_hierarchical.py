@@ -1,4 +1,4 @@
-"""HAT, SpaceByte and MegaByte: cached against full, causality, packing, overflow, words on the device."""
+"""HAT, SpaceByte, MegaByte and BLT: cached against full, causality, packing, overflow, words on the device."""
 
 import functools
 import itertools
@@ -26,6 +26,7 @@ CONFIGS = {
     "spacebyte": tiny.spacebyte(),
     "spacebyte_learned": tiny.spacebyte(positions=64, slots=64),
     "megabyte": tiny.megabyte(),
+    "blt": tiny.blt(patcher=tiny.entropy(rule="both", max_patch=4)),
 }
 TEXTS = ["The fox (of 3)  took a\n\nnap.", "Größe, ça va? 你好 мир 🇩🇪🇫🇷x", "aB1⁄2 don't\tx_y"]
 BROKEN = [b"\xe4\xbd", b"\xff\x80a", b"\xf0\x9f\x98"]
@@ -41,11 +42,12 @@ def make(name):
 def rows(name):
     """Texts of several scripts behind the start symbol, with bytes between them that are no UTF-8."""
     ids = byte_ids(CONFIGS[name])
-    out = np.zeros((3, LENGTH), np.int32)
+    out = np.full((3, LENGTH), 97, np.int32)
     for row, text, broken in zip(out, TEXTS, BROKEN):
-        data = bytes([ids.start]) + (text.encode()[:14] + broken + text.encode())[: LENGTH - 1]
-        row[: len(data)] = np.frombuffer(data, np.uint8)
-        row[len(data) :] = 97
+        data = (text.encode()[:14] + broken + text.encode())[: LENGTH - 1]
+        row[1 : 1 + len(data)] = np.frombuffer(data, np.uint8)
+    out += ids.offset
+    out[:, 0] = ids.start
     return jnp.asarray(out)
 
 

@@ -13,7 +13,7 @@ from bytelm.parallel.mesh import make_mesh, shard
 from bytelm.parallel.rules import RULES, logical_axes, path_string, state_shardings
 from bytelm.train.state import init_state, plan_state
 from bytelm.train.step import make_train_step, place_batch
-from tiny import HYBRID, flat, hat, hnet, megabyte, run_config, spacebyte, t5
+from tiny import HYBRID, blt, flat, hat, hnet, megabyte, run_config, spacebyte, t5
 
 
 def test_exactly_one_row_matches_each_parameter():
@@ -31,7 +31,7 @@ def test_every_row_is_used():
     """A row that matches nothing is a parameter that was renamed."""
     configs = [flat(StackConfig(layout="M1T1", d_model=32, num_heads=4), tie_embeddings=False), hnet(2)]
     configs += [t5(kind) for kind in ("learned", "boundary", "convolution")]
-    configs += [hat(), spacebyte(positions=64, slots=64), megabyte(positions=64)]
+    configs += [hat(), spacebyte(positions=64, slots=64), megabyte(positions=64), blt()]
     paths = ["chunks/need", "chunks/capacity"]
     for config in configs:
         paths += [path_string(p) for p, _ in jax.tree.leaves_with_path(structure(config)[1])]

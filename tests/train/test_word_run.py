@@ -13,9 +13,10 @@ from bytelm.cli import run as cli
 from bytelm.config import CapacityConfig
 from bytelm.data.pipeline import Batches, load_text
 from bytelm.metrics import read_metrics
-from bytelm.models.build import byte_ids, word_rule
+from bytelm.models.build import byte_ids
 from bytelm.parallel.mesh import make_mesh
 from bytelm.train.loop import train
+from bytelm.train.patches import text_marks
 from bytelm.train.state import init_state, plan_state
 from bytelm.train.step import make_train_step, place_batch
 from tiny import hat, megabyte, run_config, spacebyte
@@ -37,7 +38,8 @@ def losses(run_dir):
 def steps_on(model, mesh_sizes, devices):
     config = word_run("unused", model, mesh=mesh_sizes)
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    batches = Batches(load_text(config.data)[0], config.data, byte_ids(model), seed=0, words=word_rule(model))
+    sources = load_text(config.data)[0]
+    batches = Batches(sources, config.data, byte_ids(model), seed=0, marks=text_marks(config, sources, {}, print))
     with jax.set_mesh(mesh):
         setup = plan_state(config, mesh)
         state, step = init_state(config, setup), make_train_step(config, setup)
