@@ -2,8 +2,8 @@
 
 A config is data: numbers, strings, booleans, tuples. Checks in `__post_init__` name the field, its value and the fix.
 `bytelm/codec.py` reads and writes them as strict YAML; tyro puts a command line over them (the comment beside a field
-is its help text). Those of the networks stand in `model_config.py`
-and `hierarchical_config.py`.
+is its help text). Those of the networks stand in `model_config.py`,
+`hierarchical_config.py` and `t5_config.py`.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ from bytelm.model_config import (
     ArchLayout,
     CapacityConfig,
     ConfigError,
-    DeletionConfig,
     DType,
     EntropyConfig,
     FlatConfig,
@@ -24,11 +23,11 @@ from bytelm.model_config import (
     Remat,
     SSMConfig,
     StackConfig,
-    T5Config,
     parse_arch_layout,
     parse_layout,
     require,
 )
+from bytelm.t5_config import DeletionConfig, T5Config
 
 __all__ = [
     "HAT_RESERVED",

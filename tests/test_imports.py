@@ -16,10 +16,11 @@ ANY = {
     "data.words",
     "data.word_rule",
     "hierarchical_config",
+    "t5_config",
 }  # pure and small: anyone may use them
 ARROWS = {
-    "config": set(), "model_config": set(), "hierarchical_config": set(), "boundaries": set(), "vocab": set(),
-    "metrics": set(), "devices": set(),
+    "config": set(), "model_config": set(), "hierarchical_config": set(), "t5_config": set(),
+    "boundaries": set(), "vocab": set(), "metrics": set(), "devices": set(),
     "codec": set(), "windows": set(), "patterns": set(),
     "parallel": set(),
     "nn": {"parallel"},  # only shard()

@@ -100,8 +100,6 @@ def held_steps(config: OptimConfig, params: Params) -> Params:
 
 def hold(held: Params) -> optax.GradientTransformation:
     """Zero in place of the updates of parameters that stay as they are."""
-    if not any(jax.tree.leaves(held)):
-        return optax.identity()
 
     def init(params):
         return {"held": jnp.zeros((), jnp.int32)}
@@ -121,13 +119,14 @@ def make_optimizer(
     rate = learning_rate(config, steps)
     factors = lr_factors(config, params, model)
     scale = optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u if f == 1.0 else u * f, updates, factors))
-    frozen = hold(held_steps(config, params))
+    held = held_steps(config, params)
+    frozen = [hold(held)] if any(jax.tree.leaves(held)) else []  # no part of the state of runs that freeze nothing
     return optax.chain(
-        frozen,
+        *frozen,
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(config, params)),
         scale,
         optax.scale_by_schedule(lambda step: -rate(step)),
-        frozen,
+        *frozen,
     )

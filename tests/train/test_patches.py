@@ -77,6 +77,7 @@ def test_stored_patches_are_those_that_the_network_finds(patcher, rule, tmp_path
         marks.read(0, 0, b"a", b"abc")
 
 
+@pytest.mark.slow
 def test_a_run_with_stored_patches_equals_one_that_finds_them(patcher, tmp_path):
     losses = []
     for marks in ("stored", "step"):
@@ -90,7 +91,9 @@ def test_a_run_with_stored_patches_equals_one_that_finds_them(patcher, tmp_path)
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.01)
 
 
-@pytest.mark.parametrize("model", [blt(), hnet(1, chunker="entropy")], ids=lambda m: m.family)
+@pytest.mark.parametrize(
+    "model", [blt(), pytest.param(hnet(1, chunker="entropy"), marks=pytest.mark.slow)], ids=lambda m: m.family
+)
 def test_commands(patcher, tmp_path, model, capsys):
     """Choose a threshold, train with workers, stop, go on, ask, convert."""
     assert cli(["patches", str(patcher), "bundled:shakespeare[:20000]", "--size", "3", "--json"]) == 0

@@ -1,0 +1,85 @@
+"""A backbone out of a tokenized model: the same blocks, frozen for some steps, then trained; what does not fit."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+import bytelm
+from bytelm.config import ConfigError
+from bytelm.interop import token_lm
+from bytelm.interop.backbone import open_blocks
+from bytelm.interop.published import open_tensors, read_record
+from bytelm.models.build import init_params
+from bytelm.models.token_lm import token_structure
+from bytelm.nn.stack import Stack
+from bytelm.train.loop import train
+from tiny import flat, hat, run_config, spacebyte
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden/convert"
+LLAMA = GOLDEN / "model_tiny_sp"
+
+
+def test_the_blocks_say_the_same():
+    """Stack between the tokenized model's embedding and head: its logits."""
+    stack, read = open_blocks(LLAMA)
+    assert (stack.layout, stack.d_model, stack.num_kv_heads, stack.head_width) == ("T2", 128, 2, 32)
+    blocks = Stack(stack, std=0.02, dtype="float32", rngs=nnx.Rngs(0), closing_norm=False)
+    nnx.update(blocks, read())
+    config = token_lm.config_from(read_record(LLAMA), "x")
+    graph, abstract = token_structure(config)
+    tensors = open_tensors(LLAMA / "model.safetensors")
+    model = nnx.merge(graph, token_lm.params_from(tensors, config, abstract, "x"))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, config.vocabulary, (2, 17)), jnp.int32)
+    weights = load_file(LLAMA / "model.safetensors")
+    table = weights["model.embed_tokens.weight"]
+    r = np.asarray(blocks(jnp.asarray(table[np.asarray(ids)])), np.float64)
+    r = r / np.sqrt((r**2).mean(-1, keepdims=True) + config.norm_eps) * weights["model.norm.weight"]
+    np.testing.assert_allclose(r @ table.T.astype(np.float64), model(ids), atol=2e-5)
+
+
+@pytest.mark.parametrize("model", [hat(), pytest.param(spacebyte(), marks=pytest.mark.slow)], ids=lambda m: m.family)
+def test_frozen_then_trained(tmp_path, model):
+    name = "backbone" if model.family == "hat" else "main"
+    run = tmp_path / "run"
+    config = dataclasses.replace(
+        run_config(run, steps=4, train={"backbone": str(LLAMA)}, optim={"freeze": ((f"^{name}/", 2),)},
+                   checkpoint={"every": 2, "keep": 3}), model=model,
+    )  # fmt: skip
+    train(config)
+    own = jax.tree.map(np.asarray, open_blocks(LLAMA)[1]())
+    after2 = bytelm.load(run, checkpoint="2").params
+    jax.tree.map(np.testing.assert_array_equal, after2[name], own)
+    end = bytelm.load(run)
+    assert getattr(end.config, name).layout == "T2" and getattr(end.config, name).d_mlp == 256
+    moved = [float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(end.params[name]), jax.tree.leaves(own))]
+    assert min(moved) > 0
+    before = init_params(end.config, jax.random.key(0))
+    assert np.abs(np.asarray(after2["embed"]["table"]) - before["embed"]["table"]).max() > 0
+
+
+def test_what_does_not_fit(tmp_path):
+    def attempt(model, source, **sections):
+        config = run_config(tmp_path / "run", train={"backbone": str(source)}, **sections)
+        train(dataclasses.replace(config, model=model))
+
+    with pytest.raises(ConfigError, match="learned positions or no gate"):
+        attempt(hat(), GOLDEN / "model_tiny_lm")
+    with pytest.raises(ConfigError, match="has no backbone over units"):
+        attempt(flat(), LLAMA)
+    with pytest.raises(ConfigError, match=r"train.backbone=.*: holds no tokenized model"):
+        attempt(hat(), tmp_path)
+    with pytest.raises(ConfigError, match=r"optim.freeze: 'nothing' matches no parameter"):
+        attempt(hat(), LLAMA, optim={"freeze": (("nothing", 3),)})
+    shutil.copytree(LLAMA, tmp_path / "qwen")
+    record = json.loads((LLAMA / "config.json").read_text())
+    (tmp_path / "qwen/config.json").write_text(json.dumps({**record, "attention_bias": True}))
+    with pytest.raises(ConfigError, match="its blocks have biases"):
+        attempt(hat(), tmp_path / "qwen")
