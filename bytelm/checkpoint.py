@@ -266,7 +266,8 @@ def stored_config(meta: dict, where: str) -> Config:
 FREE_ON_RESUME = (
     "mesh", "hosts", "eval", "checkpoint", "data.workers", "data.prefetch", "data.cache_dir", "model.stack.attention",
     "model.stack.scan_layers", "model.stack.remat", "model.stack.ssm.chunk", "model.stack.ssm.form", "train.run_dir",
-    "train.steps", "train.log_every", "train.init_from", "train.allow_config_change", "train.compilation_cache",
+    "train.steps", "train.log_every", "train.init_from", "train.patcher", "train.backbone", "train.allow_config_change",
+    "train.compilation_cache",
     "model.attention", "model.scan_layers", "model.remat", "model.ssm.chunk", "model.ssm.form", "train.watch_text",
     "train.max_skipped", "train.profile_start", "train.profile_steps", "train.tensorboard", "train.wandb_project",
 )  # fmt: skip

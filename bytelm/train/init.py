@@ -76,6 +76,13 @@ def _open(source: str, field: str) -> tuple[ModelConfig, Callable[[Params], Para
 def with_parts(config: Config) -> Config:
     """The config with what train.patcher and train.backbone say of those parts of the model. Raises ConfigError for
     parts that the model does not have, or that do not fit."""
+    for field in ("patcher", "backbone"):
+        source = getattr(config.train, field)
+        if source and not Path(source).exists():
+            raise ConfigError(
+                f"train.{field}={source}: no such file or directory; a run that has begun holds what it needs of it "
+                f"and goes on with --train.{field} ''"
+            )
     model = config.model
     if config.train.patcher:
         rule = entropy_rule(model)

@@ -111,8 +111,8 @@ def train(config: Config) -> Result:
         step, best = int(state["step"]), meta.get("best_bpb")
         if meta.get("best_over") != _best_over(config):  # evaluations of other text or size do not compare
             best = None
-        batches = Batches(sources, config.data, ids, seed=config.train.seed, state=data_state, rows=mine,
-                          marks=text_marks(config, sources, state["params"], progress.note))  # fmt: skip
+        marks = text_marks(config, sources, state["params"], setup.replicated, progress.note)
+        batches = Batches(sources, config.data, ids, seed=config.train.seed, state=data_state, rows=mine, marks=marks)
         stack.callback(batches.close)
 
         log = MetricsLog(run_dir, step, config.train.tensorboard, config.train.wandb_project, writes=first)

@@ -7,6 +7,7 @@ the network finds when it decodes (`models/patcher.py`).
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,17 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from numpy.typing import NDArray
 
-from bytelm.config import BLTConfig, Config, ConfigError, EntropyConfig, TrainConfig
+from bytelm.config import BLTConfig, Config, ConfigError, EntropyConfig, MeshConfig, TrainConfig
 from bytelm.data.corpus import Corpus
 from bytelm.data.marks import Marks, StoredMarks, WordMarks, corpus_identity
 from bytelm.data.readers import DataError
 from bytelm.data.sources import cache_folder
 from bytelm.models.build import Params, entropy_rule, is_marked, structure, word_rule
 from bytelm.models.patcher import Patcher
+from bytelm.parallel.mesh import make_mesh
 from bytelm.train.init import load_parts, with_parts
 from bytelm.vocab import FLAT_IDS
 
@@ -32,7 +35,9 @@ ROWS_BYTES = 1 << 15  # positions that go through the model at once
 Stretch = tuple[int, int, NDArray[np.float32]]
 
 
-def text_marks(config: Config, sources: list[Corpus], params: Params, note: Callable[[str], None]) -> list[Marks]:
+def text_marks(
+    config: Config, sources: list[Corpus], params: Params, replicated: NamedSharding, note: Callable[[str], None]
+) -> list[Marks]:
     """The marks of each training source, for a model that needs some; else nothing."""
     if not is_marked(config.model, config.data):
         return []
@@ -40,7 +45,8 @@ def text_marks(config: Config, sources: list[Corpus], params: Params, note: Call
     if words is not None:
         return [WordMarks(corpus, words) for corpus in sources]
     assert rule is not None
-    own = jax.tree.map(lambda x: np.asarray(jax.device_get(x), np.float32), params["patcher"])
+    whole = jax.jit(lambda p: p, out_shardings=replicated)(params["patcher"])  # parts may lie with other processes
+    own = jax.tree.map(lambda x: np.asarray(x, np.float32), whole)
     return [StoredMarks(corpus, stored(corpus, rule, own, config.data.cache_dir, note)) for corpus in sources]
 
 
@@ -68,10 +74,13 @@ def stored(corpus: Corpus, rule: EntropyConfig, params: Params, cache_dir: str, 
     try:
         marks = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(corpus.total_bytes,))
         starts = np.cumsum(corpus.lengths) - corpus.lengths
-        cut = Cut(rule)
+        cut, said = Cut(rule), time.monotonic()
         for document, begin, entropy in entropies(corpus, rule, params):
             first = int(starts[document]) + begin
             marks[first : first + len(entropy) - 1] = cut(begin, entropy)
+            if time.monotonic() - said > 30:
+                said = time.monotonic()
+                note(f"patches: {first / corpus.total_bytes:.0%} of the text")
         marks.flush()
         temporary.replace(path)
     except OSError as e:
@@ -95,13 +104,15 @@ def entropies(corpus: Corpus, rule: EntropyConfig, params: Params) -> Iterator[S
     step = max(2 * before, 1024)
     width = before + 1 + step
     count = max(ROWS_BYTES // width, 1)
+    here = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])  # each process finds them for itself
     waiting: list[tuple[int, int, int, NDArray[np.int32]]] = []
 
     def flush() -> Iterator[Stretch]:
         rows = np.zeros((count, width), np.int32)
         for row, (_, _, _, ids) in zip(rows, waiting):
             row[: len(ids)] = ids
-        found = np.asarray(_row_entropies(graph, params, rows))
+        with jax.set_mesh(here):
+            found = np.asarray(_row_entropies(graph, params, rows))
         for line, (document, begin, kept, ids) in zip(found, waiting):
             yield document, begin, line[len(ids) - kept - 1 : len(ids)]
         waiting.clear()

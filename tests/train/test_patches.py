@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import bytelm
+from bytelm import codec
 from bytelm.cli import run as cli
 from bytelm.config import ConfigError, StackConfig
 from bytelm.data.marks import StoredMarks
@@ -106,7 +107,11 @@ def test_commands(patcher, tmp_path, model, capsys):
     config = patch_run(run, patcher, model, tmp_path / "cache", steps=3, data={"workers": 2})
     train(config)
     before = bytelm.load(run).params["patcher"]
-    result = train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=5)))
+    further = dataclasses.replace(config.train, steps=5)
+    with pytest.raises(ConfigError, match="goes on with --train.patcher ''"):
+        train(dataclasses.replace(config, train=dataclasses.replace(further, patcher=str(tmp_path / "gone"))))
+    saved = codec.load(run / "config.yaml")  # which knows the entropy model's shape
+    result = train(dataclasses.replace(saved, train=dataclasses.replace(further, patcher="")))
     lm = bytelm.load(run)
     assert result.step == 5 and lm.config.patcher.stack == STACK
     jax.tree.map(np.testing.assert_array_equal, lm.params["patcher"], before)

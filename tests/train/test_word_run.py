@@ -11,12 +11,12 @@ import pytest
 import bytelm
 from bytelm.cli import run as cli
 from bytelm.config import CapacityConfig
+from bytelm.data.marks import WordMarks
 from bytelm.data.pipeline import Batches, load_text
 from bytelm.metrics import read_metrics
-from bytelm.models.build import byte_ids
+from bytelm.models.build import byte_ids, word_rule
 from bytelm.parallel.mesh import make_mesh
 from bytelm.train.loop import train
-from bytelm.train.patches import text_marks
 from bytelm.train.state import init_state, plan_state
 from bytelm.train.step import make_train_step, place_batch
 from tiny import hat, megabyte, run_config, spacebyte
@@ -39,7 +39,13 @@ def steps_on(model, mesh_sizes, devices):
     config = word_run("unused", model, mesh=mesh_sizes)
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     sources = load_text(config.data)[0]
-    batches = Batches(sources, config.data, byte_ids(model), seed=0, marks=text_marks(config, sources, {}, print))
+    batches = Batches(
+        sources,
+        config.data,
+        byte_ids(model),
+        seed=0,
+        marks=[WordMarks(corpus, word_rule(model)) for corpus in sources] if model.family == "hat" else [],
+    )
     with jax.set_mesh(mesh):
         setup = plan_state(config, mesh)
         state, step = init_state(config, setup), make_train_step(config, setup)
