@@ -256,7 +256,7 @@ class TrainConfig:
     watch_text: str = ""  # text whose chunks report.html shows over the run; empty = the start of the held-out text
     init_from: str = ""  # run or weights directory whose weights to start from
     patcher: str = ""  # patches by entropy: run or weights directory of the flat model that finds them
-    backbone: str = ""  # folder of a tokenized Llama, Mistral or Qwen 3 whose blocks the backbone starts as
+    backbone: str = ""  # of a HAT: folder of a tokenized Llama, Mistral or Qwen 3 whose blocks it starts as
     max_skipped: int = 10  # batches in a row whose loss or gradient is not finite before the run ends (exit status 3)
     allow_config_change: bool = False  # resume although model, data or optimizer settings differ
     compilation_cache: str = ""  # folder of compiled programs; empty = ~/.cache/bytelm/xla, "off" = none

@@ -1,5 +1,5 @@
-"""The blocks of a tokenized Llama, Mistral, SmolLM or Qwen 3 as the backbone of a model over words or patches: what
-they learned of sequences of tokens is a start for sequences of other units (the HAT report's conversion)."""
+"""The blocks of a tokenized Llama, Mistral, SmolLM or Qwen 3 as the backbone of a HAT: what they learned of sequences
+of tokens is a start for sequences of words (the HAT report's conversion)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +16,10 @@ from bytelm.models.build import Params
 from bytelm.models.token_lm import TokenLMConfig, token_structure
 
 
-def open_blocks(path: Path) -> tuple[StackConfig, Callable[[], Params]]:
+def open_blocks(path: Path) -> tuple[StackConfig, Callable[[], tuple[Params, float]]]:
     """The blocks of a tokenized model (a folder of transformers, or a .gguf file) as a stack, and a function that reads
-    their weights in float32. Raises CheckpointError or ConfigError."""
+    their weights in float32 and the root mean square of the embeddings that they were trained on. Raises
+    CheckpointError or ConfigError."""
     if path.suffix == ".gguf":
         (record, tensors, _), file = open_gguf(path), path
     else:
@@ -30,9 +31,10 @@ def open_blocks(path: Path) -> tuple[StackConfig, Callable[[], Params]]:
     config = token_lm.config_from(record, str(path))
     stack = stack_config(config, str(path))
 
-    def read() -> Params:
+    def read() -> tuple[Params, float]:
         params = token_lm.params_from(tensors, config, token_structure(config)[1], str(file))
-        return jax.tree.map(np.asarray, stack_params(params, stack))
+        scale = float(np.sqrt(np.mean(np.square(np.asarray(params["embed"]["table"], np.float32)))))
+        return jax.tree.map(np.asarray, stack_params(params, stack)), scale
 
     return stack, read
 

@@ -225,6 +225,11 @@ class HAT(nnx.Module):
         y = self.decoder(h, segments=segments, guide=self._guide(o, units, reads, segments))
         return unit_output(self.head(y), units, inputs, segments, limited=capacity is not None)
 
+    def words(self, inputs: Int[Array, "b t"]) -> tuple[Float[Array, "b c e"], Units]:
+        """What goes into the backbone, and the words that it is of."""
+        units, _ = self._units(inputs, None, None, None)
+        return self.pool(self.encoder(self.embed(inputs)), units), units
+
     def prefill(
         self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int
     ) -> tuple[Float[Array, "b v"], HATCache]:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from bytelm.checkpoint import CheckpointError, find_checkpoint, read_meta, restore_params, stored_config
 from bytelm.config import (
@@ -17,15 +19,13 @@ from bytelm.config import (
     FlatConfig,
     HATConfig,
     HNetConfig,
-    MegaByteConfig,
     ModelConfig,
-    SpaceByteConfig,
     StackConfig,
 )
 from bytelm.interop.backbone import open_blocks
 from bytelm.interop.published import is_model, open_model
 from bytelm.interop.weights import shapes_match
-from bytelm.models.build import Params, entropy_rule, structure
+from bytelm.models.build import Params, byte_ids, entropy_rule, structure
 from bytelm.parallel.hosts import place
 from bytelm.parallel.rules import path_string
 from bytelm.vocab import NUM_SYMBOLS
@@ -96,27 +96,18 @@ def with_parts(config: Config) -> Config:
         rule = dataclasses.replace(rule, stack=flat.stack, tie_embeddings=flat.tie_embeddings, symbols=NUM_SYMBOLS)
         model = dataclasses.replace(model, patcher=rule)
     if config.train.backbone:
-        if not isinstance(model, HATConfig | SpaceByteConfig | MegaByteConfig | BLTConfig):
+        if not isinstance(model, HATConfig):
             raise ConfigError(
-                f"train.backbone={config.train.backbone}: a {model.family} model has no backbone over units"
+                f"train.backbone={config.train.backbone}: only a HAT has such a backbone, not {model.family}"
             )
-        blocks = _blocks(config.train.backbone)[0]
-        own = getattr(model, backbone_field(model))
+        blocks, own = _blocks(config.train.backbone)[0], model.backbone
         stack = dataclasses.replace(blocks, attention=own.attention, scan_layers=own.scan_layers, remat=own.remat)
-        if isinstance(model, HATConfig):
-            model = dataclasses.replace(model, backbone=stack)
-        else:
-            model = dataclasses.replace(model, main=stack)
+        model = dataclasses.replace(model, backbone=stack)
     return dataclasses.replace(config, model=model)
 
 
-def backbone_field(model: HATConfig | SpaceByteConfig | MegaByteConfig | BLTConfig) -> str:
-    """Name of the stack over units: of its config, and of its parameters."""
-    return "backbone" if isinstance(model, HATConfig) else "main"
-
-
-def _blocks(source: str) -> tuple[StackConfig, Callable[[], Params]]:
-    """The blocks of a tokenized model as a stack, and a function that reads their weights."""
+def _blocks(source: str) -> tuple[StackConfig, Callable[[], tuple[Params, float]]]:
+    """The blocks of a tokenized model (`open_blocks`)."""
     try:
         return open_blocks(Path(source))
     except CheckpointError as e:
@@ -134,11 +125,33 @@ def load_parts(config: Config, abstract: Params, params: Params) -> Params:
             "windows (configs/entropy_tiny.yaml), choose a threshold with bytelm patches, and name its run here"
         )
     if config.train.backbone:
-        assert isinstance(config.model, HATConfig | SpaceByteConfig | MegaByteConfig | BLTConfig)
-        name, blocks = backbone_field(config.model), _blocks(config.train.backbone)[1]()
+        blocks, scale = _blocks(config.train.backbone)[1]()
         put = lambda x, a: place(np.asarray(x, np.float32), a.sharding)  # noqa: E731
-        out[name] = jax.tree.map(put, blocks, abstract[name])
+        out["backbone"] = jax.tree.map(put, blocks, abstract["backbone"])
+        out["pool"] = _scaled_pool(config.model, out, scale)
     return out
+
+
+def _scaled_pool(model: ModelConfig, params: Params, scale: float) -> Params:
+    """The word pooling of a fresh HAT, made so large that words have the root mean square `scale`: blocks add to what
+    comes in, and those that were trained on embeddings of one size do little to much larger ones."""
+    text = (
+        b"It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness,"
+    )
+    inputs = np.frombuffer(bytes([byte_ids(model).start]) + text, np.uint8).astype(np.int32)[None]
+    graph, _ = structure(model)
+
+    def pooled(params, inputs):
+        network = nnx.merge(graph, params)
+        e, units = network.words(inputs)
+        real = (units.first < inputs.shape[1])[..., None]
+        ratio = scale / jnp.sqrt(
+            jnp.sum(jnp.where(real, e.astype(jnp.float32), 0) ** 2) / (jnp.sum(real) * e.shape[-1])
+        )
+        return {**params["pool"], "out": {"kernel": params["pool"]["out"]["kernel"] * ratio}}
+
+    shardings = jax.tree.map(lambda x: x.sharding, params["pool"])
+    return jax.jit(pooled, out_shardings=shardings)(params, inputs)
 
 
 def _without(tree: Params, names: list[str]) -> Params:
