@@ -264,7 +264,8 @@ def stored_config(meta: dict, where: str) -> Config:
 
 # Settings that do not change what a run computes (beyond rounding), or only for how long.
 FREE_ON_RESUME = (
-    "mesh", "hosts", "eval", "checkpoint", "data.workers", "data.prefetch", "data.cache_dir", "model.stack.attention",
+    "mesh", "hosts", "eval", "checkpoint", "data.workers", "data.prefetch", "data.cache_dir", "data.marks",
+    "model.stack.attention",
     "model.stack.scan_layers", "model.stack.remat", "model.stack.ssm.chunk", "model.stack.ssm.form", "train.run_dir",
     "train.steps", "train.log_every", "train.init_from", "train.patcher", "train.backbone", "train.allow_config_change",
     "train.compilation_cache",

@@ -137,8 +137,10 @@ def _dry_run(config: Config) -> int:
     from bytelm.data.pipeline import load_text
     from bytelm.parallel.mesh import make_mesh
     from bytelm.plan import describe_plan, make_plan
+    from bytelm.train.init import with_parts
     from bytelm.train.state import plan_state
 
+    config = with_parts(config)
     mesh = make_mesh(config.mesh)
     sources, heldout = load_text(config.data)
     with jax.set_mesh(mesh):
@@ -162,6 +164,7 @@ def plan(args: list[str]) -> int:
     from bytelm.plan import describe_plan, make_plan, to_json
     from bytelm.plan_pod import describe_pod_plan, make_pod_plan, pod_to_json
     from bytelm.topology import parse_topology
+    from bytelm.train.init import with_parts
 
     source, rest = _config_command(args, "plan", plan.__doc__ or "")
     as_json, rest = _take_flag(rest, "--json")
@@ -177,7 +180,7 @@ def plan(args: list[str]) -> int:
     for option, value in (("--devices", devices), ("--num-slices", slices)):
         if not (value.isascii() and value.isdecimal()):
             raise ConfigError(f"{option} {value}: must be a whole number")
-    config = read_config(source, rest, "bytelm plan")
+    config = with_parts(read_config(source, rest, "bytelm plan"))
     if topology:
         pod = make_pod_plan(config, parse_topology(topology, int(slices)), cache_folder("") / "plans", per_chunk)
         print(json.dumps(pod_to_json(pod)) if as_json else describe_pod_plan(config, pod))

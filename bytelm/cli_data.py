@@ -83,15 +83,19 @@ def patches_command(args: list[str]) -> int:
                     rule=EntropyConfig(rule=rule, rise=rise, max_patch=max_patch))  # fmt: skip
 
     given = tyro.cli(parse, args=args, prog="bytelm patches")
-    if given["size"] <= 1:
+    if not 1 < given["size"] < 1e6:
         raise ConfigError(f"--size {given['size']:g}: must be above 1 byte")
+    if given["max_bytes"] < 1000:
+        raise ConfigError(f"--max-bytes {given['max_bytes']}: at least 1,000, to say something of patches")
+    if not Path(given["model"]).exists():
+        raise ConfigError(f"{given['model']}: no such file or directory")
     from bytelm.data.sources import open_corpus
     from bytelm.train.patches import choose, first_entropies, load_patcher, patch_lengths
 
     rule, params = load_patcher(given["model"], given["rule"])
     corpus = open_corpus(tuple(given["text"]), text_field="text", cache_dir="")
     found = first_entropies(corpus, rule, params, given["max_bytes"])
-    rule = choose(rule, given["size"], [entropy for *_, entropy in found])
+    rule = choose(rule, given["size"], found)
     lengths = patch_lengths(rule, found)
     record = {
         "rule": rule.rule, "threshold": rule.threshold, "rise": rule.rise, "bytes": int(lengths.sum()),

@@ -172,5 +172,13 @@ class BLTConfig:
         require(all(1 <= n <= 64 for n in self.ngrams), f"model.ngrams={self.ngrams}: groups have 1 to 64 bytes")
         require(1 <= self.hash_functions <= 11, f"model.hash_functions={self.hash_functions}: must be 1 to 11")
         require(2 <= self.hash_size <= 1 << 23, f"model.hash_size={self.hash_size}: must be 2 to {1 << 23:,}")
+        rows = len(self.ngrams) * self.hash_functions * self.hash_size
+        require(rows < 2**31, f"model.ngrams, hash_functions, hash_size: {rows:,} embeddings; at most 2^31")
+        for name in ("encoder", "decoder"):  # whose heads patches are read with, whatever its blocks are
+            c = getattr(self, name)
+            require(
+                (c.head_dim > 0 or c.d_model % c.num_heads == 0) and c.num_heads % c.kv_heads == 0,
+                f"model.{name}: num_heads={c.num_heads} must divide d_model={c.d_model}, num_kv_heads={c.kv_heads} it",
+            )
 
     levels = 1

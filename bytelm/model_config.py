@@ -1,5 +1,6 @@
 """Configs of the networks, as frozen keyword-only dataclasses; `bytelm.config` has them all."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -160,6 +161,8 @@ class EntropyConfig:
             "so that patches depend on a bounded stretch of text",
         )
         require(self.max_patch >= 0, f"patcher.max_patch={self.max_patch}: must not be negative")
+        for name in ("threshold", "rise"):
+            require(math.isfinite(getattr(self, name)), f"patcher.{name}={getattr(self, name)}: must be a number")
         require(257 <= self.symbols <= 384, f"patcher.symbols={self.symbols}: must be 257 to 384")
 
     @property

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bytelm.data.corpus import Corpus
+from bytelm.data.prepared import RECORDS
 from bytelm.data.readers import DataError
 from bytelm.data.word_rule import CAUSAL_START, START
 from bytelm.data.words import WordRule, stretch_marks
@@ -42,8 +43,12 @@ class WordMarks:
         return stretch_marks(read, size, begin, begin + len(data), self.rule.rule, self.rule.max_bytes)
 
 
+class MarksError(DataError):
+    """Bytes that stored marks say nothing of."""
+
+
 class StoredMarks:
-    """Marks out of a file of one byte for each byte of the corpus, document after document."""
+    """Marks out of a file of one byte for each byte of the corpus, document after document, behind nothing else."""
 
     symbol = 1  # the first patch of a document is its start symbol
 
@@ -57,7 +62,7 @@ class StoredMarks:
 
     def read(self, document: int, begin: int, data: bytes, cleaned: bytes) -> NDArray[np.uint8]:
         if len(cleaned) != len(data):
-            raise DataError(
+            raise MarksError(
                 "the text holds bytes that become others (data.reserved=replace), which stored marks do not have: set "
                 "data.marks=step"
             )
@@ -68,11 +73,11 @@ class StoredMarks:
 def load_marks(path: Path, size: int) -> NDArray[np.uint8]:
     """A file of marks, memory-mapped. Raises DataError when it does not hold `size` of them."""
     try:
-        marks = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
+        marks = np.memmap(path, np.uint8, mode="r")
+    except (OSError, ValueError) as e:
         raise DataError(f"{path}: cannot be read: {e}; remove it, it is made anew") from None
-    if marks.dtype != np.uint8 or marks.shape != (size,):
-        raise DataError(f"{path}: holds {marks.dtype}{list(marks.shape)}, the text needs uint8[{size}]; remove it")
+    if len(marks) != size:
+        raise DataError(f"{path}: holds {len(marks):,} marks, the text needs {size:,}; remove it, it is made anew")
     return marks
 
 
@@ -80,8 +85,8 @@ def corpus_identity(corpus: Corpus) -> str:
     """A hash that changes with the documents of a corpus: of prepared splits by their text, of files by path, size and
     time of change."""
     found = hashlib.sha256("\n".join(corpus.identities()).encode())
-    if not corpus.identities():
-        found.update(repr((corpus.paths, corpus.stamps)).encode())
+    files = [(path, stamp) for path, stamp in zip(corpus.paths, corpus.stamps) if not path.endswith(RECORDS)]
+    found.update(repr(files).encode())
     for column in (corpus.file, corpus.start, corpus.stop):
         found.update(np.ascontiguousarray(column).tobytes())
     return found.hexdigest()

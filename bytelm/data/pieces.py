@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from bytelm.config import ConfigError
 from bytelm.data.corpus import Corpus, PreparedCorpus
 from bytelm.data.functional import count_pieces, document_piece, locate_piece
-from bytelm.data.marks import Marks
+from bytelm.data.marks import Marks, MarksError
 from bytelm.data.prepared import mapped_table
 from bytelm.data.readers import DataError
 from bytelm.data.sources import cache_folder
@@ -62,7 +62,10 @@ class Pieces:
             raise DataError(f"{self.where(index)}: {e} (data.reserved)") from None
         columns = [pair, np.full(len(pair), self.first + index, np.int32)]
         if self.marks is not None:
-            columns.append(self._marks(self.marks, document, start, data, len(pair)))
+            try:
+                columns.append(self._marks(self.marks, document, start, data, len(pair)))
+            except MarksError as e:
+                raise DataError(f"{self.where(index)}: {e}") from None
         return {"columns": np.column_stack(columns)}
 
     def _marks(self, marks: Marks, document: int, start: int, data: bytes, count: int) -> NDArray[np.int32]:

@@ -23,13 +23,13 @@ _FLAT_ORDER = np.array([*range(4, VOCABULARY), 1, 0, 2, 3])
 
 
 def _stack(c: dict[str, Any], window: int | None) -> StackConfig:
-    rope = c.get("rope_parameters") or {}
-    kind = rope.get("rope_type", "default")
-    if kind != "default" or c.get("rope_scaling"):
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
         raise ConfigError(f"rotary scaling {kind!r} is not supported")
     if c.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"hidden_act={c['hidden_act']!r}: only silu is supported")
-    theta = rope["rope_theta"] if rope else c["rope_theta"]
+    theta = rope["rope_theta"] if "rope_theta" in rope else c["rope_theta"]
     return StackConfig(
         layout=f"T{c['num_hidden_layers']}", d_model=c["hidden_size"], num_heads=c["num_attention_heads"],
         num_kv_heads=c.get("num_key_value_heads") or 0,
@@ -46,6 +46,10 @@ def config_from(r: dict[str, Any]) -> BLTConfig:
             "the entropy model of the folder are supported"
         )
     parts = [r[f"{part}_config"] for part in ("encoder", "decoder", "patcher", "global")]
+    if not all(isinstance(c, dict) for c in parts) or r["patching_threshold"] is None or not r.get("patch_size", 1):
+        raise ConfigError(
+            "encoder, decoder, patcher and global config, patching_threshold and patch_size must be given"
+        )
     for c in parts[:3]:
         if c.get("vocab_size", VOCABULARY) != VOCABULARY:
             raise ConfigError(f"vocab_size={c['vocab_size']}: only {VOCABULARY} is supported")
@@ -126,7 +130,7 @@ def params_from(w: Weights, c: BLTConfig) -> Params:
     reads = int(c.decoder.layout[1:]) if c.read_every_layer else 1
     found = {
         "embed": {"table": w[f"{encoder}.embed_tokens.weight"]},
-        "hashes": {"table": w["model.encoder_hash_tok_embedding.weight"]},
+        "hash_embed": {"table": w["model.encoder_hash_tok_embedding.weight"]},
         "encoder": _run(w, encoder, c.encoder),
         "pool": {"split": _linear(w, f"{encoder}.patch_embedding_projection.weight", c.queries, d),
                  "cross": _cross(w, f"{first}{last}.", c.encoder)},

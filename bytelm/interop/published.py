@@ -74,8 +74,8 @@ def is_model(path: Path) -> bool:
 
 
 def open_model(path: Path, config_file: Path | None = None) -> StoredModel:
-    """The model in a folder (ours, an H-Net with the reference's config.json beside a .pt or .safetensors file, a ByT5
-    or MrT5), or in a bare file of weights whose reference config is `config_file`.
+    """The model in a folder (ours, an H-Net with the reference's config.json beside a .pt or .safetensors file, a ByT5,
+    MrT5, HAT, SpaceByte, MegaByte or BLT), or in a bare file of weights whose reference config is `config_file`.
 
     Raises CheckpointError for what is missing or broken, ConfigError for a config that cannot be read.
     """

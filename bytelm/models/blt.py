@@ -49,8 +49,17 @@ class CrossAttention(nnx.Module):
 
     def keys(self, x: Float[Array, "*b d"]) -> tuple[Array, Array]:
         """Keys and values, a pair for each query head."""
+        keys, values = self.shared_keys(x)
+        return self.spread(keys), self.spread(values)
+
+    def shared_keys(self, x: Float[Array, "*b d"]) -> tuple[Array, Array]:
+        """Keys and values of the heads that there are."""
         x = self.k_norm(x)
-        return jnp.repeat(self.k(x), self.groups, axis=-2), jnp.repeat(self.v(x), self.groups, axis=-2)
+        return self.k(x), self.v(x)
+
+    def spread(self, x: Float[Array, "*b g k"]) -> Float[Array, "*b h k"]:
+        """Heads that several query heads share, once for each of these."""
+        return jnp.repeat(x, self.groups, axis=-2)
 
     def close(self, x: Float[Array, "*b d"], read: Float[Array, "*b h k"]) -> Float[Array, "*b d"]:
         """What was read, on top of the residual."""
@@ -86,11 +95,12 @@ class PatchPooling(nnx.Module):
         return self.cross.close(start, read.reshape(b, units.slots, q, heads, -1))
 
     def one(
-        self, top: Float[Array, "b d"], keys: Float[Array, "b n h k"], values: Float[Array, "b n h k"],
+        self, top: Float[Array, "b d"], keys: Float[Array, "b n g k"], values: Float[Array, "b n g k"],
         mine: Bool[Array, "b n"],
     ) -> Float[Array, "b q d"]:  # fmt: skip
         """The vectors of one patch a row, of the bytes that are `mine`."""
         start = self.split(top)
+        keys, values = self.cross.spread(keys), self.cross.spread(values)
         kind = wide(keys.dtype)
         queries = self.cross.queries(start).astype(kind) * keys.shape[-1] ** -0.5
         scores = jnp.einsum("bqhk,bnhk->bqhn", queries, keys.astype(kind))
@@ -144,8 +154,8 @@ class BLTCache:
     patch: PatchState
     begin: Int[Array, " b"]  # position of the first byte of the patch so far
     top: Float[Array, "b d"]  # its largest features
-    keys: Float[Array, "b s h k"]  # of bytes, by position
-    values: Float[Array, "b s h k"]
+    keys: Float[Array, "b s g k"]  # of bytes, by position
+    values: Float[Array, "b s g k"]
     read: tuple[Array, Array] = field(default_factory=tuple)  # keys and values for each decoder layer: l b q h k
 
 
@@ -160,7 +170,7 @@ class BLT(nnx.Module):
         d, wider = c.encoder.d_model, c.main.d_model
         self.embed = Embedding(VOCABULARY, d, **more)
         if c.ngrams:
-            self.hashes = Embedding(len(c.ngrams) * c.hash_functions * c.hash_size, d, **more)
+            self.hash_embed = Embedding(len(c.ngrams) * c.hash_functions * c.hash_size, d, split=True, **more)
         self.encoder = Stack(c.encoder, closing_norm=False, **more)
         self.pool = PatchPooling(c, rngs=rngs)
         if c.queries * d != wider:
@@ -190,12 +200,10 @@ class BLT(nnx.Module):
         c, x = self.config, self.embed(inputs)
         if not c.ngrams:
             return x
-        rows = [
-            ngram_hashes(recent[..., -n:], PRIMES[function], c.hash_size)
-            for function in range(c.hash_functions) for n in c.ngrams
-        ]  # fmt: skip
-        offset = c.hash_size * jnp.arange(len(rows), dtype=jnp.int32)
-        return x + jnp.sum(self.hashes(jnp.stack(rows, axis=-1) + offset), axis=-2)
+        kinds = ((function, n) for function in range(c.hash_functions) for n in c.ngrams)
+        for i, (function, n) in enumerate(kinds):
+            x += self.hash_embed(ngram_hashes(recent[..., -n:], PRIMES[function], c.hash_size) + i * c.hash_size)
+        return x
 
     def _recent(self, inputs: Int[Array, "b t"], place: Int[Array, "b t"]) -> Int[Array, "b t n"]:
         """The last ids at each position, 0 before the document."""
@@ -203,12 +211,6 @@ class BLT(nnx.Module):
         shifted = [jnp.pad(inputs, ((0, 0), (back, 0)))[:, : inputs.shape[1]] for back in range(n - 1, -1, -1)]
         back = jnp.arange(n - 1, -1, -1)
         return jnp.where(back <= place[..., None], jnp.stack(shifted, axis=-1), 0)
-
-    def _units(self, inputs, segments, marks, slots: int | None) -> tuple[Units, Bool[Array, "b t"]]:
-        """The patches of rows, and behind which positions one begins."""
-        starts = segment_starts(segments, *inputs.shape)
-        fires = self.patcher.fires(flat_ids(inputs, self.ids), segments) if marks is None else (marks > 0) | starts
-        return make_units(begins_of(fires, starts), segments, slots), fires
 
     def _widen(self, patches: Float[Array, "*b q d"]) -> Float[Array, "*b e"]:
         return self.join(patches) if hasattr(self, "join") else patches.reshape(*patches.shape[:-2], -1)
@@ -236,7 +238,9 @@ class BLT(nnx.Module):
         `marks` is above 0 at positions behind which a patch begins; without, the patcher says so. Targets of positions
         that `Output.scored` leaves out belong to patches without a slot.
         """
-        units, fires = self._units(inputs, segments, marks, None if capacity is None else capacity[0])
+        starts = segment_starts(segments, *inputs.shape)
+        fires = self.patcher.fires(flat_ids(inputs, self.ids), segments) if marks is None else (marks > 0) | starts
+        units = make_units(begins_of(fires, starts), segments, None if capacity is None else capacity[0])
         h = self.encoder(self._enter(inputs, self._recent(inputs, units.place)), segments=segments)
         patches = shard(self._widen(self.pool(h, units)), "batch", None, None)
         o = self.main(patches, segments=units.document)
@@ -246,14 +250,15 @@ class BLT(nnx.Module):
             return self.decoder(x, segments=segments, guide=guide)
 
         logits = self.head(self._decode(run, h, guide))
-        return unit_output(logits, units, inputs, segments, limited=capacity is not None)
+        return unit_output(logits, units, inputs - self.ids.offset, segments, limited=capacity is not None)
 
     def prefill(
         self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int
     ) -> tuple[Float[Array, "b v"], BLTCache]:
         """Logits after each row's last input and the cache behind it; rows are right-padded, lengths at least 1."""
         b, t = inputs.shape
-        units, fires = self._units(inputs, None, None, None)
+        patch, fires = self.patcher.behind(flat_ids(inputs, self.ids), lengths, max_length)
+        units = make_units(begins_of(fires, segment_starts(None, b, t)), None, None)
         rows, last = jnp.arange(b), lengths - 1
         recent = self._recent(inputs, units.place)
         h, encoder = self.encoder.prefill(self._enter(inputs, recent), lengths, max_length)
@@ -270,8 +275,7 @@ class BLT(nnx.Module):
         mine = (units.number == number[:, None]) & (jnp.arange(t) < lengths[:, None])
         top = jnp.where(mine[..., None], h, -jnp.inf).max(axis=1)
         room = ((0, 0), (0, max(max_length - t, 0)), (0, 0), (0, 0))
-        keys, values = (jnp.pad(x, room) for x in self.pool.cross.keys(h))
-        patch = self.patcher.behind(flat_ids(inputs, self.ids), lengths, max_length)
+        keys, values = (jnp.pad(x, room) for x in self.pool.cross.shared_keys(h))
         cache = BLTCache(
             encoder, main, decoder, recent[rows, last], patch,
             units.first[rows, number], top, keys, values, self._layer_keys(parts[rows, whole]),
@@ -293,7 +297,7 @@ class BLT(nnx.Module):
         rows = jnp.arange(len(inputs))
         keys, values = (
             old.at[rows, position].set(new, mode="drop")
-            for old, new in zip((cache.keys, cache.values), self.pool.cross.keys(h))
+            for old, new in zip((cache.keys, cache.values), self.pool.cross.shared_keys(h))
         )
         patch = self.patcher.read(flat_ids(inputs, self.ids), cache.patch)
 
@@ -315,7 +319,7 @@ class BLT(nnx.Module):
         """The cache of rows that have seen nothing yet."""
         c, d = self.config, self.config.encoder.d_model
         encoder, main, decoder = (stack.empty_cache(b, max_length) for stack in (self.encoder, self.main, self.decoder))
-        held = jnp.zeros((b, max_length, c.encoder.num_heads, c.encoder.head_width), c.dtype)
+        held = jnp.zeros((b, max_length, c.encoder.kv_heads, c.encoder.head_width), c.dtype)
         read = jnp.zeros((self._reading_layers, b, c.queries, c.decoder.num_heads, c.decoder.head_width), c.dtype)
         return BLTCache(
             encoder, main, decoder, jnp.zeros((b, self._longest_group), jnp.int32),

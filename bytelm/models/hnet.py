@@ -326,13 +326,12 @@ class HNet(nnx.Module):
         self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int
     ) -> tuple[Float[Array, "b v"], Any]:
         """Logits after each row's last input and the cache behind it; rows are right-padded, lengths at least 1."""
-        told = self._told(inputs, None)
-        if told is None:
-            more = ()
-        elif self.config.chunker == "entropy":
-            more = ((told, self.patcher.behind(flat_ids(inputs, self.ids), lengths, max_length)),)
-        else:
-            more = ((told, told_behind(self.config.chunker, inputs, lengths)),)
+        more = ()
+        if self.config.chunker == "entropy":
+            state, fires = self.patcher.behind(flat_ids(inputs, self.ids), lengths, max_length)
+            more = ((begins_of(fires, segment_starts(None, *inputs.shape)), state),)
+        elif self.told:
+            more = ((self._told(inputs, None), told_behind(self.config.chunker, inputs, lengths)),)
         y, cache = self.backbone.prefill(self.embed(inputs), lengths, max_length, *more)
         return self._logits(_at(y, lengths - 1)), cache
 

@@ -7,6 +7,8 @@ Whether a patch begins behind a place is known with the bytes up to it: that is 
 patch of a document, or of a row that begins inside one, is one position long.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -32,6 +34,17 @@ def flat_ids(inputs: Int[Array, "*b"], ids: ByteIds) -> Int[Array, "*b"]:
     return jnp.where(inputs == ids.start, 256, inputs)
 
 
+def _exact(function: Callable) -> Callable:
+    """With whole float32 products: a cut must be the same wherever it is made."""
+
+    @functools.wraps(function)
+    def exactly(*arguments):
+        with jax.default_matmul_precision("highest"):
+            return function(*arguments)
+
+    return exactly
+
+
 @jax.tree_util.register_dataclass
 @dataclass
 class PatchState:
@@ -54,6 +67,7 @@ class Patcher(FlatModel):
         logs = jax.nn.log_softmax(self._logits(y, self.rule.symbols), axis=-1)
         return -jnp.sum(jnp.exp(logs) * logs, axis=-1)
 
+    @_exact
     def entropies(self, inputs: Int[Array, "b t"], segments: Int[Array, "b t"] | None = None) -> Float[Array, "b t"]:
         """Entropy, in nats, of what follows each position; inputs are the flat family's ids."""
         return self._entropy(self.stack(self.embed(inputs), segments=segments))
@@ -84,14 +98,20 @@ class Patcher(FlatModel):
         fires, length = self._decide(self.entropies(inputs, segments), segments)
         return fires | self._too_long(length)
 
-    def behind(self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int) -> PatchState:
-        """The state behind right-padded rows."""
+    @_exact
+    def behind(
+        self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int
+    ) -> tuple[PatchState, Bool[Array, "b t"]]:
+        """The state behind right-padded rows, and `fires` of their positions."""
         y, cache = self.stack.prefill(self.embed(inputs), lengths, max_length)
         entropy = self._entropy(y)
         rows, last = jnp.arange(len(inputs)), lengths - 1
-        fires, length = (x[rows, last] for x in self._decide(entropy, None))
-        return PatchState(cache, entropy[rows, last], jnp.where(fires, 0, length), fires | self._too_long(length))
+        natural, length = self._decide(entropy, None)
+        fires = natural | self._too_long(length)
+        length = jnp.where(natural, 0, length)
+        return PatchState(cache, entropy[rows, last], length[rows, last], fires[rows, last]), fires
 
+    @_exact
     def read(self, inputs: Int[Array, " b"], state: PatchState, active: Bool[Array, " b"] | None = None) -> PatchState:
         """The state behind one more input of the active rows."""
         first = state.model.lengths == 0

@@ -58,8 +58,8 @@ def unit_output(
     *,
     limited: bool,
 ) -> Output:
-    """The output of a model of units: logits, its level and metrics; what has no slot is not scored. `limited`: whether
-    there are fewer slots than could be needed."""
+    """The output of a model of units: logits, its level and metrics; what has no slot is not scored. `inputs` are bytes
+    (or a symbol above them or below 0); `limited`: whether there are fewer slots than could be needed."""
     b, t = inputs.shape
     position = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
     valid = jnp.ones((b, t), bool) if segments is None else segments > 0

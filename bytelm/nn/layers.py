@@ -166,14 +166,15 @@ class GatedGELU(GatedMLP):
 class Embedding(nnx.Module):
     """A table [v, d] that turns ids into vectors and, where tied, vectors into logits."""
 
-    def __init__(self, v: int, d: int, *, std: float, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, v: int, d: int, *, std: float, dtype: str, rngs: nnx.Rngs, split: bool = False):
+        """`split`: too large a table to be whole on every device; its columns stay where they are."""
         self.table = nnx.Param((std or 1 / math.sqrt(d)) * jax.random.normal(rngs.params(), (v, d), jnp.float32))
-        self.dtype = dtype
+        self.dtype, self.split = dtype, split
 
     def __call__(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
         # Gathered in float32 and cast after: the backward pass adds up thousands of positions in a few rows, which
-        # bfloat16 cannot hold. The whole table on every device, so that rows stay where their batch is.
-        rows = shard(self.table[...], None, None)[ids]
+        # bfloat16 cannot hold. A small table is whole on every device, so that rows stay where their batch is.
+        rows = shard(self.table[...], None, "embed" if self.split else None)[ids]
         return shard(rows, "batch", *(None,) * (rows.ndim - 1)).astype(self.dtype)
 
     def attend(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:

@@ -16,7 +16,7 @@ from bytelm.parallel.mesh import to_spec
 
 # Parameters inside a run of blocks carry a leading "layers" axis.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"((local_)?embed|hashes|positions|ranks)/table", (None, "embed")),
+    (r"((local_|hash_)?embed|positions|ranks)/table", (None, "embed")),
     (r"head/kernel", ("embed", None)),
     (r"(stack|encoder|decoder|main|final|local)/norm/scale", (None,)),
     (r"router/[qk]/kernel", ("embed", None)),

@@ -6,7 +6,10 @@ the network finds when it decodes (`models/patcher.py`).
 """
 
 import dataclasses
+import fcntl
 import hashlib
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -65,67 +68,80 @@ def stored(corpus: Corpus, rule: EntropyConfig, params: Params, cache_dir: str, 
     identity = hashlib.sha256(repr((corpus_identity(corpus), dataclasses.asdict(rule))).encode())
     for leaf in jax.tree.leaves(params):
         identity.update(np.ascontiguousarray(leaf).tobytes())
-    path = cache_folder(cache_dir) / "patches" / f"{identity.hexdigest()[:24]}.npy"
+    path = cache_folder(cache_dir) / "patches" / f"{identity.hexdigest()[:24]}.marks"
     if path.exists():
         return path
-    note(f"finding the patches of {corpus.describe()}, once; kept in {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{np.random.SeedSequence().entropy}.tmp")
     try:
-        marks = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(corpus.total_bytes,))
-        starts = np.cumsum(corpus.lengths) - corpus.lengths
-        cut, said = Cut(rule), time.monotonic()
-        for document, begin, entropy in entropies(corpus, rule, params):
-            first = int(starts[document]) + begin
-            marks[first : first + len(entropy) - 1] = cut(begin, entropy)
-            if time.monotonic() - said > 30:
-                said = time.monotonic()
-                note(f"patches: {first / corpus.total_bytes:.0%} of the text")
-        marks.flush()
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:  # several processes want it: one makes it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                note(f"finding the patches of {corpus.describe()}, once; kept in {path}")
+                _write(path, corpus, rule, params, note)
     except OSError as e:
         raise ConfigError(
             f"{path}: cannot be written: {e}; name another data.cache_dir, or set data.marks=step"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
+def _write(path: Path, corpus: Corpus, rule: EntropyConfig, params: Params, note: Callable[[str], None]) -> None:
+    """Whether a patch begins behind each byte, byte by byte; what a process that was killed left is written over."""
+    cut, done, said = Cut(rule), 0, time.monotonic()
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        for _, begin, entropy in entropies(corpus, rule, params):
+            file.write(cut(begin, entropy).astype(np.uint8).tobytes())
+            done += len(entropy) - 1
+            if time.monotonic() - said > 30:
+                said = time.monotonic()
+                note(f"patches: {done / corpus.total_bytes:.0%} of the text")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
 @partial(jax.jit, static_argnames="graph")
-def _row_entropies(graph, params, rows):
-    return nnx.merge(graph, params).entropies(rows)
+def _row_entropies(graph, params, rows, segments):
+    return nnx.merge(graph, params).entropies(rows, segments)
 
 
 def entropies(corpus: Corpus, rule: EntropyConfig, params: Params) -> Iterator[Stretch]:
-    """The entropies of all documents, in order."""
+    """The entropies of all documents, in order. Stretches of several short ones share a row."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: Patcher(rule, rngs=nnx.Rngs(0))), nnx.Param)
     before = rule.reach + 1
     step = max(2 * before, 1024)
     width = before + 1 + step
     count = max(ROWS_BYTES // width, 1)
     here = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])  # each process finds them for itself
-    waiting: list[tuple[int, int, int, NDArray[np.int32]]] = []
+    rows, segments = (np.zeros((count, width), np.int32) for _ in range(2))
+    waiting: list[tuple[int, int, int, int, int]] = []  # document, begin, bytes kept; row, and where in it they end
 
     def flush() -> Iterator[Stretch]:
-        rows = np.zeros((count, width), np.int32)
-        for row, (_, _, _, ids) in zip(rows, waiting):
-            row[: len(ids)] = ids
         with jax.set_mesh(here):
-            found = np.asarray(_row_entropies(graph, params, rows))
-        for line, (document, begin, kept, ids) in zip(found, waiting):
-            yield document, begin, line[len(ids) - kept - 1 : len(ids)]
+            found = np.asarray(_row_entropies(graph, params, rows, segments))
+        for document, begin, kept, row, end in waiting:
+            yield document, begin, found[row, end - kept - 1 : end]
         waiting.clear()
+        rows.fill(0)
+        segments.fill(0)
 
+    row = used = 0
     for document, size in enumerate(corpus.lengths.tolist()):
         for begin in range(0, size, step):
             end, first = min(begin + step, size), max(begin - before, 0)
             ids = np.frombuffer(corpus.read(document, first, end), np.uint8).astype(np.int32)
             if first == 0:
                 ids = np.concatenate([[np.int32(FLAT_IDS.start)], ids])
-            waiting.append((document, begin, end - begin, ids))
-            if len(waiting) == count:
+            if used + len(ids) > width:
+                row, used = row + 1, 0
+            if row == count:
                 yield from flush()
+                row = 0
+            place = slice(used, used + len(ids))
+            used += len(ids)
+            rows[row, place], segments[row, place] = ids, len(waiting) + 1
+            waiting.append((document, begin, end - begin, row, used))
     if waiting:
         yield from flush()
 
@@ -163,30 +179,42 @@ class Cut:
         return fires | (length % rule.max_patch == 0)
 
 
-def choose(rule: EntropyConfig, size: float, found: list[NDArray[np.float32]]) -> EntropyConfig:
-    """The rule with the threshold (for `rise`: the rise) that gives patches of `size` bytes on average, over the
-    entropies of some stretches, each with that of the place before it. Raises ConfigError where none does."""
-    now = np.concatenate([entropy[1:] for entropy in found])
-    rising = np.concatenate([np.diff(entropy) for entropy in found])
-    score = rising if rule.rule == "rise" else now
-    if rule.rule == "both":
-        score = np.where(rising > rule.rise, now, -np.inf)
-    wanted = round(len(now) / size)
-    order = np.sort(score)[::-1]
-    if not 0 < wanted < len(order) or not np.isfinite(order[wanted]):
-        most = len(order) / max(int(np.isfinite(order).sum()), 1)
-        raise ConfigError(f"--size {size:g}: this rule makes patches of {most:.2f} to {len(order):,} bytes here")
-    at = float(f"{(float(order[wanted - 1]) + float(order[wanted])) / 2:.7g}")
-    return dataclasses.replace(rule, rise=at) if rule.rule == "rise" else dataclasses.replace(rule, threshold=at)
+def choose(rule: EntropyConfig, size: float, found: list[Stretch]) -> EntropyConfig:
+    """The rule with the threshold (for `rise`: the rise) that gives patches of `size` bytes on average, cuts by length
+    included, over some stretches. Raises ConfigError where none comes within a tenth of that."""
+    values = [np.diff(e) if rule.rule == "rise" else e[1:] for *_, e in found]
+    values = np.unique(np.concatenate(values))
+    between = (values[1:].astype(np.float64) + values[:-1]) / 2  # one threshold between any two neighbours
+
+    def at(i: int) -> EntropyConfig:
+        value = float(f"{between[i]:.7g}")
+        return (
+            dataclasses.replace(rule, rise=value) if rule.rule == "rise" else dataclasses.replace(rule, threshold=value)
+        )
+
+    def mean(rule: EntropyConfig) -> float:
+        return float(patch_lengths(rule, found).mean())
+
+    low, high = 0, len(between) - 1  # patches get longer with the threshold
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if mean(at(middle)) >= size else (middle + 1, high)
+    nearest = min((i for i in (low - 1, low) if 0 <= i < len(between)), default=None,
+                  key=lambda i: abs(mean(at(i)) - size))  # fmt: skip
+    best = math.nan if nearest is None else mean(at(nearest))
+    if nearest is None or not abs(best / size - 1) <= 0.1:
+        raise ConfigError(
+            f"--size {size:g}: no threshold of this rule gives such patches here (nearest: {best:.2f} bytes)"
+        )
+    return at(nearest)
 
 
 def patch_lengths(rule: EntropyConfig, found: list[Stretch]) -> NDArray[np.int64]:
-    """Bytes of each patch of some stretches of documents, in order; the last of a document is left out."""
-    cut, lengths, since = Cut(rule), [], 0
+    """Bytes of each patch of some stretches of documents, in order."""
+    cut, ends, place = Cut(rule), [0], 0
     for _, begin, entropy in found:
-        at = np.flatnonzero(cut(begin, entropy)) + begin
-        if begin == 0:
-            since = 0
-        lengths.append(np.diff(at, prepend=since - 1))
-        since = int(at[-1]) + 1 if len(at) else since
-    return np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+        if begin == 0 and place > ends[-1]:
+            ends.append(place)
+        ends += (np.flatnonzero(cut(begin, entropy)) + place + 1).tolist()
+        place += len(entropy) - 1
+    return np.diff(ends if ends[-1] == place else [*ends, place])

@@ -108,7 +108,8 @@ def test_where_patches_begin(rule, longest):
         stepped.append(state.next)
     np.testing.assert_array_equal(np.stack(stepped, axis=1), alone)
     for lengths in ([1, 40], [7, 22]):
-        state = patcher.behind(ids, jnp.array(lengths), 60)
+        state, found = patcher.behind(ids, jnp.array(lengths), 60)
+        np.testing.assert_array_equal(found, alone)
         np.testing.assert_array_equal(state.next, np.asarray(alone)[np.arange(2), np.array(lengths) - 1])
 
 
@@ -174,15 +175,21 @@ def test_a_published_folder(golden, tmp_path):
     assert lm.generate_batch([text[:3], text, b""], 12, temperature=0) == alone
 
     record = json.loads((tmp_path / "config.json").read_text())
+    older = dict(record)  # as transformers' own converter writes it
+    for part in ("encoder_config", "decoder_config", "global_config"):
+        older[part] = {k: v for k, v in record[part].items() if k != "rope_parameters"}
+        older[part] |= {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "default"}}
+    assert hierarchical.config_from(older, "x") == lm.config
     for change, message in (
         ({"patching_mode": "space"}, "patching_mode='space'"), ({"patch_in_forward": False}, "patch_in_forward=False"),
         ({"patcher_config": {**record["patcher_config"], "sliding_window": None}}, "only attention with a window"),
-        ({"global_config": {}}, "has no"),
+        ({"global_config": {}}, "has no"), ({"patcher_config": None}, "must be given"),
+        ({"patching_threshold": None}, "must be given"),
     ):  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps({**record, **change}))
         with pytest.raises(ConfigError, match=message):
             bytelm.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**record, "encoder_hash_byte_group_vocab": 54}))
-    with pytest.raises(CheckpointError, match="hashes/table has shape"):
+    with pytest.raises(CheckpointError, match="hash_embed/table has shape"):
         bytelm.load(tmp_path)
     assert hierarchical.is_hierarchical(record)

@@ -14,12 +14,12 @@ from bytelm import codec
 from bytelm.cli import run as cli
 from bytelm.config import ConfigError, StackConfig
 from bytelm.data.marks import StoredMarks
-from bytelm.data.pipeline import Batches, load_text
+from bytelm.data.pipeline import load_text
 from bytelm.data.readers import DataError
 from bytelm.metrics import read_metrics
-from bytelm.models.build import build, byte_ids
+from bytelm.models.build import build
 from bytelm.train.loop import train
-from bytelm.train.patches import entropies, load_patcher, stored
+from bytelm.train.patches import choose, entropies, load_patcher, patch_lengths, stored
 from tiny import blt, entropy, flat, hnet, run_config
 
 STACK = StackConfig(layout="T2", d_model=16, num_heads=2, d_mlp=32, window=6)
@@ -62,6 +62,8 @@ def test_stored_patches_are_those_that_the_network_finds(patcher, rule, tmp_path
     marks = StoredMarks(corpus, path)
     network = build(blt(patcher=config), jax.random.key(0))
     nnx.update(network.patcher, params)
+    with open(path, "rb") as file:
+        assert len(file.read()) == corpus.total_bytes
     for document, text in enumerate(texts):
         ids = jnp.asarray([[256, *text]], jnp.int32)
         want, half = np.asarray(network.patcher.fires(ids))[0, 1:], len(text) // 2
@@ -133,17 +135,37 @@ def test_what_does_not_fit(patcher, tmp_path, capsys):
         train(patch_run(tmp_path / "b", patcher, flat(), tmp_path / "cache"))
     with pytest.raises(ConfigError, match=r"train.patcher=.*/none"):
         train(patch_run(tmp_path / "c", tmp_path / "none", blt(), tmp_path / "cache"))
-    assert cli(["patches", str(patcher), "bundled:shakespeare[:2000]", "--size", "1"]) == 2
-    assert cli(["patches", str(patcher), "bundled:shakespeare[:200]", "--size", "500"]) == 2
+    for size in ("1", "nan", "500"):
+        assert cli(["patches", str(patcher), "bundled:shakespeare[:2000]", "--size", size]) == 2
+    (tmp_path / "ab.txt").write_text("ab" * 2000)
+    assert cli(["patches", str(patcher), str(tmp_path / "ab.txt"), "--size", "4.5"]) == 2
+    assert cli(["patches", str(tmp_path / "none"), "bundled:shakespeare[:2000]"]) == 2
     (tmp_path / "empty.txt").write_text("")
     assert cli(["patches", str(patcher), str(tmp_path / "empty.txt")]) == 2
     said = capsys.readouterr().err
-    assert "--size 1: must be above 1" in said and "--size 500: this rule makes patches" in said
+    assert "--size 1: must be above 1" in said and said.count("no threshold of this rule gives such patches") == 2
     bad = tmp_path / "marks.npy"
     bad.write_bytes(b"x")
     (corpus,) = load_text(run_config("x").data)[0]
-    with pytest.raises(DataError, match=r"marks.npy: cannot be read"):
+    with pytest.raises(DataError, match=r"marks.npy: holds 1 marks, the text needs 50,000"):
         StoredMarks(corpus, bad)
-    with pytest.raises(DataError):  # other text, and marks that do not fit it
-        np.save(bad, np.zeros(3, np.uint8))
-        Batches([corpus], run_config("x").data, byte_ids(blt()), seed=0, marks=[StoredMarks(corpus, bad)])
+    with pytest.raises(DataError, match="cannot be read"):
+        StoredMarks(corpus, tmp_path / "nothing.marks")
+    assert cli(["plan", "configs/blt_tiny.yaml", "--train.patcher", str(patcher)]) == 0
+    assert (
+        "11,344" not in capsys.readouterr().out and cli(["plan", "configs/blt_tiny.yaml", "--train.patcher", "no"]) == 2
+    )
+
+
+def test_lengths_and_thresholds():
+    """Against patches counted one by one, with cuts by length, over stretches and documents."""
+    rng = np.random.default_rng(0)
+    found = [(0, 0, rng.random(301)), (0, 300, rng.random(201)), (1, 0, rng.random(2)), (2, 0, rng.random(51))]
+    found = [(d, b, e.astype(np.float32)) for d, b, e in found]
+    for name, longest in (("threshold", 0), ("threshold", 7), ("rise", 0), ("both", 0)):
+        rule = choose(entropy(rule=name, max_patch=longest), 4.0, found)
+        lengths = patch_lengths(rule, found)
+        assert lengths.mean() == pytest.approx(4.0, rel=0.02)
+        assert lengths.sum() == 500 + 1 + 50 and lengths.min() > 0 and (not longest or lengths.max() <= longest)
+    with pytest.raises(ConfigError, match="no threshold"):
+        choose(entropy(max_patch=3), 4.0, found)
