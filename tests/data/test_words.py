@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bytelm.config import ConfigError, HATConfig
 from bytelm.data import words
+from bytelm.data.marks import WordMarks
 from bytelm.data.pieces import Pieces
 from bytelm.data.sources import open_corpus
 from bytelm.data.word_rule import automaton, properties, segment_starts, unicode_version, word_starts
@@ -186,7 +187,7 @@ def test_pieces_carry_the_marks_of_their_document(tmp_path):
     text = ("Größe 1⁄2 (of 3).\n你好 don't 🇩🇪 " * 9).encode() + b"\xe4\xbd tail"
     (tmp_path / "a.txt").write_bytes(text)
     corpus = open_corpus((str(tmp_path / "a.txt"),))
-    pieces = Pieces(corpus, 13, byte_ids(HATConfig()), words=WordRule("unicode", 8))
+    pieces = Pieces(corpus, 13, byte_ids(HATConfig()), marks=WordMarks(corpus, WordRule("unicode", 8)))
     columns = np.concatenate([pieces[i]["columns"] for i in range(len(pieces))])
     assert columns[0, 3] == words.START | words.CAUSAL_START
     np.testing.assert_array_equal(columns[1:, 3], words.marks(text, "unicode", 8))

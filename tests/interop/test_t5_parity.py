@@ -26,7 +26,7 @@ ALWAYS = {"max_abs_logit_error", "loss_error", "max_abs_step_error"}
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_case(root, case):
-    """The command as users run it: without the tests' compiler options, with which sums round a quarter worse."""
+    """The command as users run it, without the tests' compiler options."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "-m", "bytelm.cli", "parity", str(root / "tests/golden/mrt5" / case)]
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300)
