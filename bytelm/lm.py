@@ -201,9 +201,9 @@ def load(
     mesh: MeshConfig | None = None,
 ) -> ByteLM:
     """Loads a model as a ByteLM: a run directory of `bytelm train`, one of its checkpoints, a weights directory of
-    `bytelm convert`, a folder with an H-Net, ByT5, MrT5, HAT, SpaceByte or MegaByte checkpoint and its config.json, a
-    bare file of weights with its `config`, a folder of transformers with a tokenized model (GPT-2, Llama, Mistral,
-    Qwen) and its tokenizer, or a .gguf file of one.
+    `bytelm convert`, a folder with an H-Net, ByT5, MrT5, HAT, SpaceByte, MegaByte or BLT checkpoint and its
+    config.json, a bare file of weights with its `config`, a folder of transformers with a tokenized model (GPT-2,
+    Llama, Mistral, Qwen) and its tokenizer, or a .gguf file of one.
 
     `checkpoint` is latest, best, or a step; `dtype` overrides the compute type (float32, bfloat16); `reserved` (None:
     as the run was trained, else error) and `wait` as in `NetworkLM`; `deletion` as in `Seq2SeqLM`; `semantics` (None:

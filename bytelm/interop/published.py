@@ -109,7 +109,7 @@ def open_model(path: Path, config_file: Path | None = None) -> StoredModel:
     raise CheckpointError(
         f"{path}: {NO_MODEL}" if kind is None else
         f"{path}: this version of bytelm does not load {kind} models; it loads its own, H-Net, ByT5, MrT5, HAT, "
-        "SpaceByte, MegaByte, and the byte view of GPT-2, Llama, Mistral and Qwen 2 and 3"
+        "SpaceByte, MegaByte, BLT, and the byte view of GPT-2, Llama, Mistral and Qwen 2 and 3"
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@ entropy model that cuts patches (train.patcher), the blocks of a tokenized model
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -30,8 +30,8 @@ from bytelm.parallel.hosts import place
 from bytelm.parallel.rules import path_string
 from bytelm.vocab import NUM_SYMBOLS
 
-# What a model may have that the weights it starts from do not: a ByT5 becomes an MrT5.
-FRESH = re.compile(r"encoder/(delete_gate|boundary|pool)/")
+# What a model may have that the weights it starts from do not: a ByT5 becomes an MrT5, entropy takes another rule's place.
+FRESH = re.compile(r"(encoder/(delete_gate|boundary|pool)|patcher)/")
 
 
 def load_initial_params(source: str, abstract: Params, fresh: Params) -> tuple[Params, list[str]]:
@@ -114,12 +114,13 @@ def _blocks(source: str) -> tuple[StackConfig, Callable[[], tuple[Params, float]
         raise ConfigError(f"train.backbone={source}: {e}") from None
 
 
-def load_parts(config: Config, abstract: Params, params: Params) -> Params:
-    """`params` with the weights of train.patcher and train.backbone in their places."""
+def load_parts(config: Config, abstract: Params, params: Params, fresh: Sequence[str]) -> Params:
+    """`params` with the weights of train.patcher and train.backbone in their places. Raises ConfigError where an
+    entropy model is among the `fresh` parameters (paths) and would stay so."""
     out = dict(params)
     if config.train.patcher:
         out["patcher"] = _open(config.train.patcher, "train.patcher")[1](abstract["patcher"])
-    elif "patcher" in params and not config.train.init_from:
+    elif any(name.startswith("patcher/") for name in fresh):
         raise ConfigError(
             "train.patcher is not set: patches by entropy need the model that finds them. Train a small flat one with "
             "windows (configs/entropy_tiny.yaml), choose a threshold with bytelm patches, and name its run here"

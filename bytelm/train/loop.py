@@ -40,6 +40,7 @@ from bytelm.models.build import byte_ids, count_parameters
 from bytelm.models.flops import TRAIN_FACTOR, forward_flops, t5_flops, trained_kept
 from bytelm.parallel import hosts
 from bytelm.parallel.mesh import check_rows, make_mesh
+from bytelm.parallel.rules import path_string
 from bytelm.train.capacity import Capacity, next_capacity, possible_capacity, time_to_choose
 from bytelm.train.evaluation import make_evaluation
 from bytelm.train.health import Diverged, Health, with_bits
@@ -101,13 +102,14 @@ def train(config: Config) -> Result:
             state, data_state, meta = saved
         else:
             state, data_state, meta = init_state(config, setup), None, {}
+            fresh = [path_string(path) for path, _ in jax.tree.leaves_with_path(state["params"])]
             if config.train.init_from:
                 state["params"], fresh = load_initial_params(
                     config.train.init_from, setup.abstract["params"], state["params"]
                 )
                 new = f"; new: {', '.join(fresh)}" if fresh else ""
                 progress.note(f"weights from {config.train.init_from}{new}")
-            state["params"] = load_parts(config, setup.abstract["params"], state["params"])
+            state["params"] = load_parts(config, setup.abstract["params"], state["params"], fresh)
         step, best = int(state["step"]), meta.get("best_bpb")
         if meta.get("best_over") != _best_over(config):  # evaluations of other text or size do not compare
             best = None

@@ -69,7 +69,7 @@ def test_frozen_then_trained(tmp_path):
     assert np.abs(np.asarray(after2["embed"]["table"]) - before["embed"]["table"]).max() > 0
     with jax.set_mesh(make_mesh(MeshConfig())):
         setup = plan_state(dataclasses.replace(config, model=end.config), jax.sharding.get_mesh())
-    fresh = load_parts(dataclasses.replace(config, model=end.config), setup.abstract["params"], before)
+    fresh = load_parts(dataclasses.replace(config, model=end.config), setup.abstract["params"], before, ())
     network = nnx.merge(setup.graph, fresh)
     words, units = network.words(jnp.asarray([[192, *b"A text of words, some longer than others."]], jnp.int32))
     size = np.sqrt((np.asarray(words)[0, : int(units.begins.sum())] ** 2).mean())

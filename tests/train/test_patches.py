@@ -128,6 +128,19 @@ def test_commands(patcher, tmp_path, model, capsys):
     np.testing.assert_array_equal(bytelm.load(tmp_path / "weights").logprobs(text), lm.logprobs(text))
 
 
+@pytest.mark.slow
+def test_entropy_in_the_place_of_another_rule(patcher, tmp_path):
+    """A run goes on with other chunks: the new part comes from train.patcher, and must."""
+    train(dataclasses.replace(run_config(tmp_path / "words", steps=2), model=hnet(1, chunker="words")))
+    model, cache = hnet(1, chunker="entropy", patcher=entropy(threshold=2.9)), tmp_path / "cache"
+    start = {"init_from": str(tmp_path / "words")}
+    with pytest.raises(ConfigError, match="train.patcher is not set"):
+        train(patch_run(tmp_path / "a", "", dataclasses.replace(model, patcher=entropy()), cache, train=start))
+    train(patch_run(tmp_path / "b", patcher, model, cache, steps=1, train=start))
+    stack = bytelm.load(patcher).params["stack"]
+    jax.tree.map(np.testing.assert_array_equal, bytelm.load(tmp_path / "b").params["patcher"]["stack"], stack)
+
+
 def test_what_does_not_fit(patcher, tmp_path, capsys):
     with pytest.raises(ConfigError, match="train.patcher is not set"):
         train(patch_run(tmp_path / "a", "", blt(), tmp_path / "cache"))
