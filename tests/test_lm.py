@@ -192,8 +192,8 @@ def test_load_says_what_is_wrong(tmp_path, make, message):
 
 
 def test_load_names_models_it_does_not_know(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "blt"}')
-    with pytest.raises(ValueError, match="does not load blt models"):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="does not load bert models"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"arch_layout": ["m1"]}')
     with pytest.raises(ValueError, match="expected one .pt or .safetensors file beside config.json"):
