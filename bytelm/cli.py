@@ -20,7 +20,7 @@ USAGE = """usage: bytelm COMMAND ...
   prepare OUT INPUT ... [--on-error skip] [--deduplicate]       make a corpus of sharded ArrayRecord files
   patches MODEL TEXT ... [--size 4.5]                           choose where entropy begins a patch (BLT)
   train   CONFIG.yaml [--section.field value ...] [--dry-run]   train a model, or go on with a run (its folder)
-  eval    RUN [--suite bpb] [--text FILE ...] [--compare]       measure a model
+  eval    MODEL ... [--suite bpb,noise,cute] [--out DIR]        measure models, side by side
   sample  RUN --prompt TEXT                                     let a model write
   chunks  RUN --text TEXT [--html FILE]                         show how a model cuts a text
   convert RUN DST                                               write weights as safetensors + config.json
@@ -202,9 +202,15 @@ def patches(args: list[str]) -> int:
     return patches_command(args)
 
 
+def evaluate(args: list[str]) -> int:
+    from bytelm.cli_eval import evaluate_command
+
+    return evaluate_command(args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": prepare, "patches": patches,
-    "train": train, "eval": cli_model.evaluate, "sample": cli_sample.sample, "chunks": cli_model.chunks,
+    "train": train, "eval": evaluate, "sample": cli_sample.sample, "chunks": cli_model.chunks,
     "convert": cli_model.convert, "parity": cli_model.parity, "plan": plan,
 }  # fmt: skip
 

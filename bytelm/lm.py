@@ -132,6 +132,7 @@ class NetworkLM(ByteLM):
         originals = in_context(texts, contexts)
         cleaned = [(self._clean(context), self._clean(text)) for context, text in originals]
         scores = [np.zeros(len(text)) for _, text in cleaned]
+        greedy = [np.zeros(len(text), bool) for _, text in cleaned]
         rows = [
             (n, start, x, y)
             for n, (context, text) in enumerate(cleaned)
@@ -150,15 +151,17 @@ class NetworkLM(ByteLM):
                 n, start, x, y = rows[row]
                 scored = log_softmax(line[len(x) - len(y) : len(x)], self._possible)
                 scores[n][start : start + len(y)] = scored[np.arange(len(y)), y]
-        return [self._score(text, s) for (_, text), s in zip(originals, scores)]
+                greedy[n][start : start + len(y)] = scored.argmax(axis=1) == y
+        return [self._score(text, s, g) for (_, text), s, g in zip(originals, scores, greedy)]
 
-    def _score(self, text: bytes, logs: NDArray[np.float64]) -> Score:
+    def _score(self, text: bytes, logs: NDArray[np.float64], greedy: NDArray[np.bool_]) -> Score:
         """A score per byte of the caller's text: a replaced byte has the sum of what stands in its place."""
         if len(logs) != len(text):
             widths = np.ones(len(text), np.int64)
             widths[self.ids.reserved_positions(text)] = len(REPLACEMENT)
-            logs = np.add.reduceat(logs, np.cumsum(widths) - widths)
-        return Score(float(logs.sum()), logs)
+            first = np.cumsum(widths) - widths
+            logs, greedy = np.add.reduceat(logs, first), np.logical_and.reduceat(greedy, first)
+        return Score(float(logs.sum()), logs, greedy)
 
     def _clean(self, text: Text) -> bytes:
         return self.ids.clean(encode(text))

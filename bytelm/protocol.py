@@ -22,10 +22,12 @@ class ImpossibleText(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Natural log-probability of a text: the sum, and of each byte. The end symbol is not scored."""
+    """Natural log-probability of a text: the sum, and of each byte. The end symbol is not scored. `greedy`: whether
+    each byte was the most probable symbol, where the model says so."""
 
     total: float
     per_byte: NDArray[np.float64]
+    greedy: NDArray[np.bool_] | None = None
 
 
 class ByteLM(ABC):

@@ -142,15 +142,16 @@ class Seq2SeqLM(ByteLM):
         before = [b""] * len(after) if contexts is None else [encode(c) for c in contexts]
         if len(before) != len(after):
             raise ValueError(f"{len(after)} texts but {len(before)} contexts")
-        scores = [np.zeros(0)] * len(after)
+        scores = [Score(0.0, np.zeros(0), np.zeros(0, bool))] * len(after)
         targets = [self._target((c + t)[:-1]) if t else self._target(c) for c, t in zip(before, after)]
         for group, encoded, ids, _ in self._groups(sources, targets):
             logits = np.asarray(_decode(self.graph, self.params, self._symbols, ids, encoded))
             for line, i in zip(logits, group):
                 text, first = np.frombuffer(after[i], np.uint8), len(before[i])
                 scored = log_softmax(line[first : first + len(text)])
-                scores[i] = scored[np.arange(len(text)), text]
-        return [Score(float(s.sum()), s) for s in scores]
+                logs = scored[np.arange(len(text)), text]
+                scores[i] = Score(float(logs.sum()), logs, scored.argmax(axis=1) == text)
+        return scores
 
     def _sources(self, inputs: Sequence[Text] | None, count: int) -> list[NDArray[np.int32]]:
         if inputs is None:

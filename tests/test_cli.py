@@ -85,6 +85,23 @@ def test_train_takes_a_run_folder(trained, capsys):
     assert "resuming" in capsys.readouterr().err
 
 
+def test_eval_suites_are_gone_on_with_and_reported(trained, tmp_path, capsys):
+    args = ["eval", str(trained), "--suite", "bpb,noise,words", "--out", str(tmp_path / "out"), "--compare"]
+    assert cli([*args, "--suite", "bpb"]) == 0
+    assert "1 tasks done" in capsys.readouterr().out
+    assert cli([*args, "--json"]) == 0
+    said = capsys.readouterr().out
+    assert "11 tasks done" in said and "1 known" in said
+    (row, *lines) = json.loads(said.splitlines()[-1])
+    assert float(row["bits per byte"]) > 0 and "xz" in {line["model"] for line in lines}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png") == 2 and "typo_keyboard" in page and "http" not in page.replace("http-", "")
+    records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert len(records) == len({r["key"] for r in records}) == 12
+    assert cli(args) == 0
+    assert "0 tasks done" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "args,message",
     [
@@ -97,7 +114,12 @@ def test_train_takes_a_run_folder(trained, capsys):
         (["train", "FOLDER"], "a folder without config.yaml"),
         (["eval", "nothing"], "nothing: no such file or directory"),
         (["eval", "RUN", "--text", "missing.txt"], "--text: 'missing.txt' matches no file"),
-        (["eval", "RUN", "--suite", "cute"], "invalid"),
+        (["eval", "RUN", "--suite", "cutes"], "suite 'cutes': did you mean"),
+        (["eval", "RUN", "--suite", "noise"], "need a folder for their results: --out DIR"),
+        (["eval", "RUN", "RUN"], "need a folder for their results: --out DIR"),
+        (["eval", "RUN", "--suite", "cute", "--out", "FOLDER"], "suite cute: needs CUTE's data"),
+        (["eval", "RUN", "--cute", "missing", "--out", "FOLDER"], "missing: no such file or directory"),
+        (["eval", "RUN", "--window", "64", "--out", "FOLDER"], "--window is for one figure of one model"),
         (["sample", "RUN", "--temperature", "-1"], "temperature=-1"),
         (["sample", "RUN", "--prompt-file", "missing"], "No such file"),
         (["sample", "RUN", "--checkpoint", "9"], "no checkpoint '9'; there is:"),

@@ -1,0 +1,100 @@
+"""Runs units of suites over models: what is done is written down at once and not done again."""
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table as RichTable
+
+from bytelm.checkpoint import find_checkpoint, list_steps
+from bytelm.evals.entrants import entrants
+from bytelm.evals.results import Result, Results, key_of
+from bytelm.evals.suites import Material, Unit
+from bytelm.evals.summary import Summary
+from bytelm.metrics import versions
+from bytelm.protocol import ByteLM, ImpossibleText
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Short names of models: the last part of each path, or more of it where that is not enough."""
+    short = [path.name.removesuffix(".gguf") or str(path) for path in paths]
+    return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths)]
+
+
+def identity(path: Path, checkpoint: str) -> list[tuple[str, int, int]]:
+    """What a model's files are: names, sizes and times of change."""
+    if path.is_dir() and (list_steps(path / "checkpoints") or list_steps(path / "best")):
+        path = find_checkpoint(path, checkpoint)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
+
+def run_units(
+    paths: Sequence[Path],
+    load: Callable[[Path], ByteLM],
+    how: Mapping[str, object],
+    units: Sequence[Unit],
+    results: Results,
+    console: Console,
+) -> list[Result]:
+    """Results of every unit that fits each model, in order, models outermost. `how` is all that decides, beside its
+    files, what `load` gives: its checkpoint among it. A unit whose text no text of a model's
+    tokenizer begins with has no figures, and its details say why."""
+    found = []
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        for path, name in zip(paths, names_of(paths)):
+            lm, files = load(path), identity(path, str(how["checkpoint"]))
+            for entrant in entrants(name, lm):
+                mine = [unit for unit in units if unit.fits(entrant)]
+                task = progress.add_task(entrant.name, total=len(mine))
+                began, done = time.perf_counter(), 0
+                for unit in mine:
+                    progress.update(task, description=f"{entrant.name}: {unit.suite} {unit.task}")
+                    key = key_of(model=files, view=type(entrant.lm).__name__, how=dict(how), suite=unit.suite,
+                                 task=unit.task, decides=unit.decides)  # fmt: skip
+                    if key not in results.found:
+                        try:
+                            metrics, details = unit.run(entrant)
+                        except ImpossibleText as e:
+                            metrics, details = {}, {"impossible": str(e)}
+                            console.print(f"{entrant.name}, {unit.suite} {unit.task}: {e}", style="yellow")
+                        results.add(Result(key, entrant.name, unit.suite, unit.task, metrics, details))
+                        done += 1
+                    found.append(dataclasses.replace(results.found[key], model=entrant.name))
+                    progress.advance(task)
+                progress.remove_task(task)
+                if mine:
+                    console.print(f"{entrant.name}: {done} tasks done in {time.perf_counter() - began:.0f} s, "
+                                  f"{len(mine) - done} known")  # fmt: skip
+    return found
+
+
+def headline(summary: Summary) -> RichTable:
+    """The headline table for a terminal: a column a model, as figures are many and models few."""
+    source = summary.headline()
+    table = RichTable(box=None, pad_edge=False)
+    table.add_column("")
+    for row in source.rows:
+        table.add_column(row[0], justify="right", overflow="fold")
+    for n, name in enumerate(source.columns[1:], 1):
+        table.add_row(name, *(row[n] for row in source.rows))
+    return table
+
+
+def facts(paths: Sequence[Path], text: str, suites: Sequence[str], material: Material) -> Mapping[str, str]:
+    """What was measured, on what, with what."""
+    corpus = material.text
+    return {
+        "models": ", ".join(map(str, paths)), "suites": ", ".join(suites),
+        "text": text + (f" ({corpus.describe()})" if corpus is not None else ""),
+        "sizes": ", ".join(f"{k} {v}" for k, v in vars(material.sizes).items()) + " (0: all)",
+        "seed": str(material.seed), "device": f"{jax.devices()[0].device_kind} x {len(jax.devices())}",
+        "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip

@@ -1,0 +1,288 @@
+"""The suites of `bytelm eval`: what each asks a model, as units of work that are done and written down one by one. What
+the results say together (`summary.py`) is worked out from them alone."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bytelm.config import ConfigError
+from bytelm.data.corpus import Corpus
+from bytelm.data.marks import corpus_identity
+from bytelm.data.noise import RULES, Draws, Noise, misspeller, noised
+from bytelm.evals import chunk_quality, counting, cute, langgame, noisy, word_tasks
+from bytelm.evals.bpb import bits_per_byte, first_bytes
+from bytelm.evals.choices import Question, ask
+from bytelm.evals.entrants import Entrant
+from bytelm.evals.hellaswag import CHANCE as HELLASWAG_CHANCE
+from bytelm.evals.hellaswag import TASKS as HELLASWAG_TASKS
+from bytelm.evals.hellaswag import Item, hellaswag_questions, read_hellaswag
+from bytelm.evals.word_chain import word_unit
+
+NOISES = ("antspeak", "drop", "random_case", "repeat", "upper", "word_replace", "typo_swap", "typo_keyboard")
+Found = tuple[dict[str, float], dict[str, Any]]  # metrics, details by item
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much of each suite is run."""
+
+    bpb_bytes: int = 200_000  # of text for bits per byte and chunks; 0: all
+    passages: int = 64  # of the noise suite
+    items: int = 50  # of each task of CUTE, CharBench and the like; 0: all there are
+    hellaswag: int = 40  # items, each under sixteen tasks; 0: all
+    sentences: int = 100  # of each language; 0: all
+
+    @staticmethod
+    def full() -> "Sizes":
+        return Sizes(bpb_bytes=0, passages=1024, items=0, hellaswag=0, sentences=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """The texts and files that the suites read."""
+
+    text: Corpus | None = None
+    cute: Path | None = None  # folder with CUTE's TSV files
+    hellaswag: Path | None = None  # JSONL in the published format
+    misspellings: Path | None = None  # lines `typo->word`
+    words: Path | None = None  # text to take words from; none: the text
+    parallel: Path | None = None  # folder of LANGUAGE.txt with a sentence a line, en.txt among them
+    morphemes: tuple[Path, ...] = ()  # files of words and their morphemes (SIGMORPHON 2022)
+    seed: int = 0
+    sizes: Sizes = field(default_factory=Sizes)
+
+    @cached_property
+    def text_identity(self) -> str:
+        return corpus_identity(self.need_text("bpb"))
+
+    def need_text(self, suite: str) -> Corpus:
+        if self.text is None or not len(self.text):
+            raise ConfigError(f"suite {suite}: needs text that the models have not seen: give --text FILE")
+        return self.text
+
+    @cached_property
+    def items(self) -> list[Item]:
+        assert self.hellaswag is not None
+        return read_hellaswag(self.hellaswag)[: self.sizes.hellaswag or None]
+
+    @cached_property
+    def passages(self) -> list[noisy.Passage]:
+        found = noisy.passages(self.need_text("noise"), self.sizes.passages)
+        if not found:
+            raise ConfigError(f"suite noise: no document has {noisy.CONTEXT + noisy.CONTINUATION} bytes")
+        return found
+
+    @cached_property
+    def word_counts(self):
+        if self.words is not None:
+            return word_tasks.words_of([self.words.read_bytes()])
+        return word_tasks.words_of(first_bytes(self.need_text("words"), 4 << 20))
+
+    @cached_property
+    def rules(self) -> dict[str, Noise]:
+        rules = {name: RULES[name] for name in NOISES}
+        return rules | ({"misspelt": misspeller(self.misspellings)} if self.misspellings else {})
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One task for one model: what it is called, what decides its result beside the model, and how it is run."""
+
+    suite: str
+    task: str
+    decides: Mapping[str, Any]
+    run: Callable[[Entrant], Found]
+    fits: Callable[[Entrant], bool] = lambda entrant: True
+
+
+def _picked(questions: list[Question], chance: float) -> Callable[[Entrant], Found]:
+    """Questions whose endings are compared by likelihood."""
+
+    def run(entrant: Entrant) -> Found:
+        choices = ask(entrant.lm, questions)
+        right = {by: choices.right(by) for by in ("sum", "bytes", "characters")}
+        metrics = {"accuracy": right["sum"].mean(), "accuracy_bytes": right["bytes"].mean(),
+                   "accuracy_characters": right["characters"].mean(), "chance": chance, "items": len(questions),
+                   "cut": np.mean([len(q.context + q.endings[0]) > entrant.lm.window for q in questions])}  # fmt: skip
+        details = {by: "".join(map(str, flags.astype(int))) for by, flags in right.items()}
+        return {name: float(value) for name, value in metrics.items()}, details
+
+    return run
+
+
+def _written(questions: list[Question]) -> Callable[[Entrant], Found]:
+    """Questions whose answers are written out, up to the closing quotation mark."""
+
+    def run(entrant: Entrant) -> Found:
+        longest = max(len(ending) for q in questions for ending in q.endings)
+        prompts = [q.context[max(len(q.context) + longest + 8 - entrant.lm.window, 0) :] for q in questions]
+        written: list[bytes] = []
+        for begin in range(0, len(prompts), 64):
+            written += entrant.lm.generate_batch(prompts[begin : begin + 64], longest + 4, temperature=0,
+                                                 stop=(b'"', b"\n"))  # fmt: skip
+        right = [text.strip() == q.stems[q.answer].encode() for text, q in zip(written, questions)]
+        return ({"accuracy": float(np.mean(right)), "items": float(len(right))},
+                {"written": [text.decode("utf-8", "replace") for text in written[:8]]})  # fmt: skip
+
+    return run
+
+
+def _bpb(material: Material) -> Iterator[Unit]:
+    text, most = material.need_text("bpb"), material.sizes.bpb_bytes
+
+    def run(entrant: Entrant) -> Found:
+        documents = [d for d in first_bytes(text, most)]
+        result = bits_per_byte(
+            lambda group: [-s.total for s in entrant.lm.score_batch(group)], documents, entrant.lm.window
+        )
+        return {"bpb": result.bpb, "bytes": float(result.bytes), "window": float(result.window)}, {}
+
+    yield Unit("bpb", "text", {"text": material.text_identity, "most": most}, run, lambda e: e.bits)
+
+
+def _noise(material: Material) -> Iterator[Unit]:
+    found, seed = material.passages, material.seed
+    decides = {"text": material.text_identity, "passages": len(found), "seed": seed}
+
+    def unit(task: str, contexts: Callable[[], list[bytes]], more: Mapping[str, Any]) -> Unit:
+        def run(entrant: Entrant) -> Found:
+            scores = entrant.lm.score_batch([p.text for p in found], contexts())
+            nats = np.array([-s.total for s in scores])
+            sizes = [len(p.text) for p in found]
+            bits = float(nats.sum() / sum(sizes) / math.log(2))
+            kept = [round(float(n), 6) if math.isfinite(n) else None for n in nats]
+            return {"bpb": bits}, {"nats": kept, "bytes": sizes}
+
+        return Unit("noise", task, {**decides, **more}, run)
+
+    yield unit("without", lambda: [b""] * len(found), {})
+    yield unit("clean", lambda: [p.context for p in found], {})
+    for name, rule in material.rules.items():
+        more = {"list": str(material.misspellings)} if name == "misspelt" else {}
+
+        def contexts(name=name, rule=rule) -> list[bytes]:
+            return [noised(p.context, rule, seed=seed, document=p.name, field="context", name=name) for p in found]
+
+        yield unit(name, contexts, more)
+
+
+def _cute(material: Material) -> Iterator[Unit]:
+    if material.cute is None:
+        raise ConfigError("suite cute: needs CUTE's data, a folder of TSV files (github.com/Leukas/CUTE, data/): "
+                          "--cute DIR")  # fmt: skip
+    tasks = (*cute.TASKS, *(cute.RANDOM if material.sizes.items == 0 else ()))
+    for task in tasks:
+        questions = cute.questions(material.cute, task, material.sizes.items, material.seed)
+        yield from _asked("cute", task, questions, cute.chance(task), material, {"cute": str(material.cute)})
+
+
+def _asked(
+    suite: str, task: str, questions: list[Question], chance: float, material: Material, more: Mapping[str, Any] = {},
+    writes: bool = True,
+) -> Iterator[Unit]:  # fmt: skip
+    """A task by likelihood, and written out."""
+    decides = {"questions": [(q.context.hex(), [e.hex() for e in q.endings], q.answer) for q in questions], **more}
+    yield Unit(suite, task, decides, _picked(questions, chance))
+    if writes:
+        yield Unit(f"{suite}-written", task, decides, _written(questions))
+
+
+def _words(material: Material, table: Mapping[str, Any], suite: str) -> Iterator[Unit]:
+    for task in table:
+        questions = word_tasks.questions(material.word_counts, task, material.sizes.items or 1000, material.seed)
+        single = task not in ("common_substring", "unscramble")  # these have several right answers
+        yield from _asked(suite, task, questions, word_tasks.CHANCE[task], material, writes=single)
+
+
+def _langgame(material: Material) -> Iterator[Unit]:
+    words = word_tasks.frequent(material.word_counts)
+    for kind in langgame.KINDS:
+        drawn = langgame.language_questions(words, kind, material.seed)
+        questions = list(itertools.islice(drawn, material.sizes.items or 1000))
+        yield from _asked("langgame", kind, questions, 1 / 4, material, writes=False)
+
+
+def _counting(material: Material) -> Iterator[Unit]:
+    count = material.sizes.items or 1000
+    for spelling in counting.SPELLINGS:
+        questions = counting.count_questions(spelling, count, material.seed)
+        yield from _asked("counting", spelling, questions, counting.CHANCE, material)
+
+
+def _sums(material: Material) -> Iterator[Unit]:
+    count = material.sizes.items or 90
+    for form in counting.FORMATS:
+        questions = counting.sum_questions(form, count, material.seed)
+        yield from _asked("sums", form, questions, counting.CHANCE, material)
+
+
+def _hellaswag(material: Material) -> Iterator[Unit]:
+    if material.hellaswag is None:
+        raise ConfigError("suite hellaswag: needs HellaSwag's validation set as JSONL: --hellaswag FILE")
+    for task in HELLASWAG_TASKS:
+        questions = hellaswag_questions(material.items, task, material.seed)
+        yield from _asked("hellaswag", task, questions, HELLASWAG_CHANCE, material, writes=False)
+
+
+def _chunks(material: Material) -> Iterator[Unit]:
+    text, most = material.need_text("chunks"), material.sizes.bpb_bytes
+    decides = {"text": material.text_identity, "most": most, "seed": material.seed}
+    run = lambda entrant: chunk_quality.chunk_unit(entrant, first_bytes(text, most or 1 << 20), material.seed)  # noqa: E731
+    yield Unit("chunks", "text", decides, run, chunk_quality.has_chunks)
+
+
+def _languages(material: Material) -> Iterator[Unit]:
+    if material.parallel is None:
+        raise ConfigError("suite languages: needs parallel text, a folder of LANGUAGE.txt: --parallel DIR")
+    texts = chunk_quality.read_parallel(material.parallel, material.sizes.sentences)
+    for language, sentences in texts.items():
+        decides = {"sentences": [s.hex() for s in sentences], "english": [s.hex() for s in texts["en"]]}
+
+        def run(entrant: Entrant, sentences=sentences) -> Found:
+            return chunk_quality.language_unit(entrant, sentences, texts["en"])
+
+        yield Unit("languages", language, decides, run)
+
+
+def _morphemes(material: Material) -> Iterator[Unit]:
+    if not material.morphemes:
+        raise ConfigError("suite morphemes: needs words cut into morphemes (SIGMORPHON 2022): --morphemes FILE ...")
+    for path in material.morphemes:
+        words = Draws(material.seed, "morphemes").shuffled(chunk_quality.read_morphemes(path))
+        words = words[: 10 * material.sizes.items or None]
+
+        def run(entrant: Entrant, words=words) -> Found:
+            return chunk_quality.morpheme_unit(entrant, words)
+
+        yield Unit("morphemes", path.name, {"words": words}, run, chunk_quality.has_chunks)
+
+
+def _chain(material: Material) -> Iterator[Unit]:
+    text, most = material.need_text("words"), material.sizes.bpb_bytes
+    counts = {word: material.word_counts[word] for word in material.word_counts}
+    decides = {"text": material.text_identity, "most": most, "words": str(material.words)}
+    run = lambda entrant: word_unit(entrant.lm, list(first_bytes(text, most)), counts)  # noqa: E731
+    yield Unit("words", "text", decides, run, lambda e: e.bits and e.sampled)
+
+
+SUITES: dict[str, Callable[[Material], Iterator[Unit]]] = {
+    "bpb": _bpb, "noise": _noise, "words": _chain, "chunks": _chunks, "cute": _cute,
+    "charbench": lambda m: _words(m, word_tasks.CHARBENCH, "charbench"),
+    "probes": lambda m: _words(m, word_tasks.PROBES, "probes"),
+    "langgame": _langgame, "counting": _counting, "sums": _sums, "hellaswag": _hellaswag, "languages": _languages,
+    "morphemes": _morphemes,
+}  # fmt: skip
+# Suites that need a file of the user's: the field that names it.
+NEEDS = {"cute": "cute", "hellaswag": "hellaswag", "languages": "parallel", "morphemes": "morphemes"}
+
+
+def units(names: list[str], material: Material, written: bool) -> list[Unit]:
+    """The units of some suites, in order; `written`: also those whose answers are written out."""
+    found = [unit for name in names for unit in SUITES[name](material)]
+    return [unit for unit in found if written or not unit.suite.endswith("-written")]

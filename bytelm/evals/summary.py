@@ -1,0 +1,243 @@
+"""What the results of several models say together: one row of headline figures a model, and a table a suite."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bytelm.evals.choices import interval
+from bytelm.evals.hellaswag import CHANCE, robustness, robustness_interval
+from bytelm.evals.results import Result
+
+BASES = ("without", "clean")  # tasks of the noise suite that are no noise
+ACCURACIES = ("cute", "charbench", "probes", "langgame", "counting", "sums")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A suite's figures: rows of models, and what the columns mean."""
+
+    title: str
+    about: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+class Summary:
+    """The results of one evaluation, by model, suite and task, in the order in which they were asked for."""
+
+    def __init__(self, results: Sequence[Result], lines: dict[str, float] | None = None):
+        """`lines`: bits per byte of compressors on the same text."""
+        self.lines = lines or {}
+        self.models = list(dict.fromkeys(r.model for r in results))
+        self.found: dict[tuple[str, str], dict[str, Result]] = {}
+        for result in results:
+            self.found.setdefault((result.model, result.suite), {})[result.task] = result
+
+    def tasks(self, suite: str) -> list[str]:
+        """Tasks of a suite that some model has a result for."""
+        return list(dict.fromkeys(task for model in self.models for task in self.of(model, suite)))
+
+    def of(self, model: str, suite: str) -> dict[str, Result]:
+        return self.found.get((model, suite), {})
+
+    def metric(self, model: str, suite: str, task: str, name: str) -> float:
+        """One figure; nan where there is none."""
+        result = self.of(model, suite).get(task)
+        value = math.nan if result is None else result.metrics.get(name, math.nan)
+        return math.nan if value is None else value
+
+    def mean(self, model: str, suite: str, name: str = "accuracy") -> float:
+        """A figure's mean over the tasks of a suite; nan unless the model has them all."""
+        return float(np.mean([self.metric(model, suite, task, name) for task in self.tasks(suite)] or [math.nan]))
+
+    def recovered(self, model: str, rule: str) -> float:
+        """The share of a context's help that is left when it is noised (see `noisy.py`); nan where it does not help,
+        or where some text is impossible for the model."""
+        nats = {task: _nats(self.of(model, "noise").get(task)) for task in (*BASES, rule)}
+        helped = nats["without"] - nats["clean"]
+        return (nats["without"] - nats[rule]) / helped if helped > 0 else math.nan
+
+    def rules(self) -> list[str]:
+        return [task for task in self.tasks("noise") if task not in BASES]
+
+    def noisy_bpb(self, model: str) -> float:
+        """Mean bits per byte behind a noised context, over the rules."""
+        return float(np.mean([self.metric(model, "noise", rule, "bpb") for rule in self.rules()] or [math.nan]))
+
+    def mean_recovered(self, model: str) -> float:
+        return float(np.mean([self.recovered(model, rule) for rule in self.rules()] or [math.nan]))
+
+    def hellaswag(self, model: str) -> tuple[float, float, float, tuple[float, float]]:
+        """(clean, noisy, robustness score, its interval), accuracies normalised by characters as in the papers."""
+        results = self.of(model, "hellaswag")
+        noisy = [task for task in results if task != "clean"]
+        if "clean" not in results or len(noisy) < 15:
+            return math.nan, math.nan, math.nan, (math.nan, math.nan)
+        flags = {task: _flags(results[task]) for task in results}
+        stacked = np.stack([flags[task] for task in noisy])
+        clean, mean = float(flags["clean"].mean()), float(stacked.mean())
+        return clean, mean, robustness(clean, mean, CHANCE), robustness_interval(flags["clean"], stacked)
+
+    def headline(self) -> Table:
+        """One row a model."""
+        columns: list[tuple[str, list[str]]] = []
+
+        def add(name: str, values: list[float], digits: int = 3, per_cent: bool = False) -> None:
+            if any(math.isfinite(v) for v in values):
+                columns.append((name, [shown(v, digits, per_cent) for v in values]))
+
+        add("bits per byte", [self.metric(m, "bpb", "text", "bpb") for m in self.models])
+        add("bytes per unit", [self.innermost(m, "bytes_per_unit") for m in self.models], 2)
+        add("behind clean context", [self.metric(m, "noise", "clean", "bpb") for m in self.models])
+        add("behind noised context", [self.noisy_bpb(m) for m in self.models])
+        add("recovered", [self.mean_recovered(m) for m in self.models], 1, True)
+        for suite in ACCURACIES:
+            add(
+                f"{suite} (chance {shown(self.chance(suite), 0, True)})",
+                [self.mean(m, suite) for m in self.models],
+                1,
+                True,
+            )
+        scores = [self.hellaswag(m) for m in self.models]
+        add("HellaSwag", [s[0] for s in scores], 1, True)
+        add("under noise", [s[1] for s in scores], 1, True)
+        if any(math.isfinite(s[0]) for s in scores):
+            cells = [f"{shown(s[2], 0)} ({shown(s[3][0], 0)} to {shown(s[3][1], 0)})" for s in scores]
+            columns.append(("robustness (95 %)", cells))
+        rows = [[model, *(values[n] for _, values in columns)] for n, model in enumerate(self.models)]
+        rows += [[name, shown(bpb), *[""] * (len(columns) - 1)] for name, bpb in self.lines.items() if columns]
+        return Table("Headline", "", ["model", *(name for name, _ in columns)], rows)
+
+    def chance(self, suite: str) -> float:
+        """Mean of what guessing gives over a suite's tasks."""
+        each = [next(self.metric(m, suite, t, "chance") for m in self.models if t in self.of(m, suite))
+                for t in self.tasks(suite)]  # fmt: skip
+        return float(np.mean(each or [math.nan]))
+
+    def innermost(self, model: str, name: str) -> float:
+        """A figure of a model's innermost units."""
+        levels = self.metric(model, "chunks", "text", "levels")
+        return self.metric(model, "chunks", "text", f"{name}_{int(levels) - 1}") if levels >= 1 else math.nan
+
+    def tables(self) -> list[Table]:
+        """The suites' tables: a row a model, a column a task."""
+        each = map(self._accuracy, ACCURACIES), map(self._written, ACCURACIES)
+        found = [self._noise(), *each[0], *each[1], self._hellaswag(), self._words(), self._chunks(),
+                 self._languages(), self._morphemes()]  # fmt: skip
+        return [table for table in found if table]
+
+    def _noise(self) -> Table | None:
+        rules = self.rules()
+
+        def cell(model: str, rule: str) -> str:
+            bits = self.metric(model, "noise", rule, "bpb")
+            return f"{shown(bits)} ({shown(self.recovered(model, rule), 0, True)})"
+
+        rows = [[m, *(shown(self.metric(m, "noise", b, "bpb")) for b in BASES), *(cell(m, rule) for rule in rules)]
+                for m in self.models if self.of(m, "noise")]  # fmt: skip
+        about = (
+            "Bits per byte of 256 bytes of clean text behind 512 bytes of context that a rule has noised, and in "
+            "brackets the share of the context's help that is left: (without - noised) / (without - clean)."
+        )
+        columns = ["model", "no context", "clean", *rules]
+        return Table("Clean text behind noised context", about, columns, rows) if rows else None
+
+    def _accuracy(self, suite: str) -> Table | None:
+        tasks = self.tasks(suite)
+        rows = []
+        for model in self.models:
+            cells = []
+            for task in tasks:
+                result = self.of(model, suite).get(task)
+                if result is None:
+                    cells.append("")
+                    continue
+                low, high = interval(_flags(result, "sum"))
+                cells.append(f"{shown(result.metrics['accuracy'] or 0, 0, True)} ({100 * low:.0f}-{100 * high:.0f})")
+            if any(cells):
+                rows.append([model, *cells])
+        if not rows:
+            return None
+        rows.append(["chance", *(shown(next(self.metric(m, suite, t, "chance") for m in self.models
+                                            if t in self.of(m, suite)), 0, True) for t in tasks)])  # fmt: skip
+        about = "Share of questions whose right answer is the most probable of those offered (95 % interval)."
+        cut = max(self.metric(m, suite, t, "cut") for m in self.models for t in tasks if t in self.of(m, suite))
+        if cut > 0:
+            about += " Where a question is longer than a model's window, its beginning is not seen."
+        return Table(suite, about, ["model", *tasks], rows)
+
+    def _written(self, suite: str) -> Table | None:
+        tasks = self.tasks(f"{suite}-written")
+        rows = [[m, *(shown(self.metric(m, f"{suite}-written", t, "accuracy"), 0, True) for t in tasks)]
+                for m in self.models if self.of(m, f"{suite}-written")]  # fmt: skip
+        about = "Share of answers written out right, to the letter."
+        return Table(f"{suite}, written", about, ["model", *tasks], rows) if rows else None
+
+    def _hellaswag(self) -> Table | None:
+        tasks = self.tasks("hellaswag")
+        rows = [[m, *(shown(self.metric(m, "hellaswag", t, "accuracy_characters"), 0, True) for t in tasks)]
+                for m in self.models if self.of(m, "hellaswag")]  # fmt: skip
+        about = "Accuracy normalised by characters; chance 25 %. Noise on the context, the endings, or both."
+        return Table("HellaSwag", about, ["model", *tasks], rows) if rows else None
+
+    def _words(self) -> Table | None:
+        models = [m for m in self.models if self.of(m, "words")]
+        if not models:
+            return None
+        names = [n for n in self.of(models[0], "words")["text"].metrics if n.startswith("accuracy")]
+        rows = [[m, *(shown(self.metric(m, "words", "text", n), 1, True) for n in names)] for m in models]
+        about = "Share of words in running text each of whose bytes is the most probable one, by rank of frequency."
+        return Table("Words", about, ["model", *(n.removeprefix("accuracy_") for n in names)], rows)
+
+    def _chunks(self) -> Table | None:
+        names = {
+            "bytes_per_unit": "bytes per unit", "variation": "variation", "p5": "p5", "p50": "p50", "p95": "p95",
+            "longest": "longest", "single": "single bytes", "at_space": "begin at white space",
+            "inside_character": "begin inside a character", "word_precision": "words: precision",
+            "word_recall": "recall", "word_f1": "F1", "word_lift": "lift", "renyi": "Rényi", "stability": "stability",
+        }  # fmt: skip
+        rows = []
+        for model in self.models:
+            levels = self.metric(model, "chunks", "text", "levels")
+            for level in range(int(levels) if levels >= 1 else 0):
+                values = [self.metric(model, "chunks", "text", f"{name}_{level}") for name in names]
+                rows.append([f"{model}, level {level}" if levels > 1 else model, *(shown(v, 2) for v in values)])
+        about = (
+            "Units of the text. Precision and recall against the places between words; lift is F1 over that of as many "
+            "random boundaries; stability is the share of boundaries kept, away from a slip of one letter."
+        )
+        return Table("Units", about, ["model", *names.values()], rows) if rows else None
+
+    def _languages(self) -> Table | None:
+        tasks = self.tasks("languages")
+        names = {"premium_bytes": "bytes", "premium_units": "units", "information_parity": "bits"}
+        rows = [[f"{m}, {label}", *(shown(self.metric(m, "languages", t, name), 2) for t in tasks)]
+                for m in self.models for name, label in names.items()
+                if any(math.isfinite(self.metric(m, "languages", t, name)) for t in tasks)]  # fmt: skip
+        about = "What the same sentences cost in a language, over English: bytes, units, and bits of the whole text."
+        return Table("Languages", about, ["model", *tasks], rows) if rows else None
+
+    def _morphemes(self) -> Table | None:
+        tasks, names = self.tasks("morphemes"), ("precision", "recall", "f1", "lift", "density")
+        rows = [[f"{m}, {t}", *(shown(self.metric(m, "morphemes", t, n), 2) for n in names)]
+                for m in self.models for t in tasks if t in self.of(m, "morphemes")]  # fmt: skip
+        about = "Unit boundaries inside words against boundaries of morphemes; lift is over random boundaries."
+        return Table("Morphemes", about, ["model, file", *names], rows) if rows else None
+
+
+def shown(value: float, digits: int = 3, per_cent: bool = False) -> str:
+    """A figure for a table."""
+    if not math.isfinite(value):
+        return "-"
+    return f"{100 * value:.{digits}f} %" if per_cent else f"{value:.{digits}f}"
+
+
+def _nats(result: Result | None) -> float:
+    nats = [] if result is None else result.details["nats"]
+    return math.nan if not nats or None in nats else float(sum(nats))
+
+
+def _flags(result: Result, by: str = "characters") -> np.ndarray:
+    return np.array([flag == "1" for flag in result.details[by]])

@@ -1,0 +1,127 @@
+"""Tasks made from a list of words: CharBench's four, and probes of what a model knows of the characters in a word.
+
+CharBench (Uzan & Pinter, AAAI 2026) publishes how its questions are made, not a list: words of 4 to 10 letters, each
+used for one task; the place or count asked for is a number, upper and lower case differ. The words here are sorted
+before the seed shuffles them, so that the same text gives the same questions. The probes follow the ideas of
+"Tokenization Falling Short" (Chai et al. 2024): the n-th character, changes of case, common substrings, unscrambling.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from bytelm.config import ConfigError
+from bytelm.data.noise import ALPHABET, Draws
+from bytelm.evals.choices import Question, corruptions
+from bytelm.evals.prompts import SHOTS, Case, ask_in_words
+
+WORD = re.compile(r"\b[a-zA-Z]+\b")
+NUMBERS = tuple(map(str, range(11)))
+
+
+def words_of(texts: Iterable[bytes]) -> Counter[str]:
+    """How often each word of letters a-z and A-Z occurs, case kept."""
+    found: Counter[str] = Counter()
+    for text in texts:
+        found.update(WORD.findall(text.decode("utf-8", "replace")))
+    return found
+
+
+def frequent(words: Counter[str], count: int = 1000, shortest: int = 1) -> list[str]:
+    """The most frequent words of at least `shortest` letters in lower case, most frequent first, ties in order of the
+    alphabet."""
+    lower: Counter[str] = Counter()
+    for word, times in words.items():
+        if len(word) >= shortest:
+            lower[word.lower()] += times
+    return sorted(lower, key=lambda w: (-lower[w], w))[:count]
+
+
+def _count(word: str, draws: Draws) -> Case:
+    letter = word[draws.below(len(word))]
+    return _number(f'How many times is "{letter}" in "{word}"?', word.count(letter))
+
+
+def _unique(word: str, draws: Draws) -> Case:
+    return _number(f'How many different characters are in "{word}"?', len(set(word)))
+
+
+def _first(word: str, draws: Draws) -> Case:
+    letter = word[draws.below(len(word))]
+    return _number(f'At which place, counted from 0, is "{letter}" first in "{word}"?', word.index(letter))
+
+
+def _last(word: str, draws: Draws) -> Case:
+    letter = word[draws.below(len(word))]
+    return _number(f'At which place, counted from 0, is "{letter}" last in "{word}"?', word.rindex(letter))
+
+
+def _number(asked: str, answer: int) -> Case:
+    return Case(asked, str(answer), tuple(n for n in NUMBERS if n != str(answer)))
+
+
+def _letters(asked: str, answer: str, draws: Draws, others: Sequence[str] = ()) -> Case:
+    """A case whose wrong answers are `others` (those that differ) and slips."""
+    wrong = [other for other in dict.fromkeys(others) if other != answer]
+    slips = ("".join(slip) for slip in corruptions(list(answer), draws, 3 + len(wrong), ALPHABET))
+    wrong += [slip for slip in slips if slip not in wrong]
+    return Case(asked, answer, tuple(wrong[:3]))
+
+
+def _nth(word: str, draws: Draws) -> Case:
+    n = draws.below(len(word))
+    others = draws.shuffled(sorted(set(word) - {word[n]}))
+    return _letters(f'Which is letter {n + 1} of "{word}"?', word[n], draws, others)
+
+
+def _nth_last(word: str, draws: Draws) -> Case:
+    n = draws.below(len(word))
+    others = draws.shuffled(sorted(set(word) - {word[-1 - n]}))
+    return _letters(f'Which is letter {n + 1} of "{word}", counted from its end?', word[-1 - n], draws, others)
+
+
+def _case(word: str, draws: Draws) -> Case:
+    mixed = "".join(c.upper() if draws.below(2) else c.lower() for c in word)
+    others = [word.lower(), word.capitalize(), mixed]
+    return _letters(f'Write "{word.lower()}" in capitals.', word.upper(), draws, others)
+
+
+def _substring(word: str, draws: Draws) -> Case:
+    size = 2 + draws.below(min(len(word) - 3, 3))
+    starts = draws.shuffled(list(range(len(word) - size + 1)))
+    inside = word[starts[0] : starts[0] + size].lower()
+    slips = ("".join(s) for s in corruptions(list(inside), draws, 12, ALPHABET))
+    wrong = [s for s in slips if s not in word.lower() and len(s) == size][:3]
+    return Case(f'Which letters stand side by side in "{word.lower()}"?', inside, tuple(wrong))
+
+
+def _unscramble(word: str, draws: Draws) -> Case:
+    letters = draws.shuffled(list(word.lower()))
+    asked = f'Which word is made of the letters "{" ".join(letters)}"?'
+    return _letters(asked, word.lower(), draws, ["".join(letters)])
+
+
+CHARBENCH: dict[str, Callable[[str, Draws], Case]] = {
+    "count_character_frequency": _count, "count_unique_chars": _unique,
+    "find_first_occurrence": _first, "find_last_occurrence": _last,
+}  # fmt: skip
+PROBES: dict[str, Callable[[str, Draws], Case]] = {
+    "nth_character": _nth, "nth_from_end": _nth_last, "upper_case": _case, "common_substring": _substring,
+    "unscramble": _unscramble,
+}  # fmt: skip
+CHANCE = {**dict.fromkeys(CHARBENCH, 1 / len(NUMBERS)), **dict.fromkeys(PROBES, 1 / 4)}
+
+
+def questions(words: Iterable[str], task: str, count: int, seed: int = 0) -> list[Question]:
+    """`count` questions of a task (0: a question a word) about words of 4 to 10 letters. The words are dealt out among
+    the tasks of their table, so that none serves two. Raises ConfigError where there are too few."""
+    table, number = (
+        (CHARBENCH, list(CHARBENCH).index(task)) if task in CHARBENCH else (PROBES, list(PROBES).index(task))
+    )
+    shuffled = Draws(seed, "words").shuffled(sorted({word for word in words if 4 <= len(word) <= 10}))
+    mine = shuffled[number :: len(table)]
+    if len(mine) <= SHOTS:
+        raise ConfigError(f"{task}: the text has {len(shuffled)} words of 4 to 10 letters a-z; "
+                          f"{(SHOTS + 1) * len(table)} are needed: give it more text (--words FILE)")  # fmt: skip
+    cases = [c for word in mine if len((c := table[task](word, Draws(seed, task, word))).wrong) >= 3]
+    return ask_in_words("", cases[:SHOTS], cases[SHOTS:][: count or None])
