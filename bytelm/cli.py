@@ -23,6 +23,8 @@ USAGE = """usage: bytelm COMMAND ...
   eval    MODEL ... [--suite bpb,noise,cute] [--out DIR]        measure models, side by side
   sample  RUN --prompt TEXT                                     let a model write
   chunks  RUN --text TEXT [--html FILE]                         show how a model cuts a text
+  compress   MODEL FILE                                         into FILE.bytelm, by arithmetic coding
+  decompress MODEL FILE.bytelm                                  and back
   convert RUN DST                                               write weights as safetensors + config.json
   parity  CASE_DIR                                              does this machine still give the reference numbers?
   plan    CONFIG.yaml [--devices N] [--topology v5p:4x4x4]      parameters, FLOPs and memory, before anything runs
@@ -208,9 +210,22 @@ def evaluate(args: list[str]) -> int:
     return evaluate_command(args)
 
 
+def compress(args: list[str]) -> int:
+    from bytelm.cli_compress import compress_command
+
+    return compress_command(args)
+
+
+def decompress(args: list[str]) -> int:
+    from bytelm.cli_compress import decompress_command
+
+    return decompress_command(args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "prepare": prepare, "patches": patches,
     "train": train, "eval": evaluate, "sample": cli_sample.sample, "chunks": cli_model.chunks,
+    "compress": compress, "decompress": decompress,
     "convert": cli_model.convert, "parity": cli_model.parity, "plan": plan,
 }  # fmt: skip
 
@@ -247,6 +262,7 @@ def run(argv: list[str]) -> int:
 
 def _status(error: Exception) -> int:
     from bytelm.checkpoint import CheckpointError
+    from bytelm.coding import CodeError
     from bytelm.data.readers import DataError
     from bytelm.parallel.hosts import Lost
     from bytelm.train.loop import Diverged, Interrupted
@@ -259,7 +275,7 @@ def _status(error: Exception) -> int:
         return EXIT_DIVERGED
     if isinstance(error, Lost):
         return EXIT_CHECK_FAILED
-    if isinstance(error, (ConfigError, CheckpointError, DataError, ReservedByteError, ImportError, OSError)):
+    if isinstance(error, (ConfigError, CheckpointError, CodeError, DataError, ReservedByteError, ImportError, OSError)):
         return _fail(str(error))
     raise error
 

@@ -64,7 +64,8 @@ def draw(
 
 
 @partial(jax.jit, static_argnames=("graph", "max_length"))
-def _prefill(graph, params, inputs, lengths, max_length, encoded=None):
+def prefill(graph, params, inputs, lengths, max_length, encoded=None):
+    """Logits behind right-padded rows and a cache with room for `max_length` inputs."""
     more = () if encoded is None else (encoded,)
     return nnx.merge(graph, params).prefill(inputs, lengths, max_length, *more)
 
@@ -196,7 +197,7 @@ def generate_bytes(
         room = min(window, bucket(width + max_bytes - drawn_bytes, 64))
         inputs, lengths = pad_rows(rows, count, min(bucket(width, 32), window))
         longest = max(lengths[i] for i in live)
-        logits, cache = _prefill(graph, params, inputs, lengths, room, encoded)
+        logits, cache = prefill(graph, params, inputs, lengths, room, encoded)
         # After `room` inputs one more byte can be drawn, but not read back: then begin anew from what is visible.
         while live and longest <= room:
             steps = block if room - longest >= block else 1

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from bytelm.byteview.byte_view import TokenizedLM
 from bytelm.byteview.token_model import TokenModel
 from bytelm.byteview.tokenizer_files import read_chat_template, read_vocabulary, token_ids
 from bytelm.byteview.tokenizer_json import vocabulary_of
+from bytelm.cached_steps import CachedSteps
 from bytelm.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -180,6 +181,21 @@ class NetworkLM(ByteLM):
             self.graph, self.params, self.ids, [self._clean(p) for p in prompts], window=self.window,
             max_bytes=max_bytes, sampling=sampling, seed=seed, stop=stop, block=block, wait=self.wait,
         )  # fmt: skip
+
+    def follow(self, prompts: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> CachedSteps:
+        no_inputs(inputs)
+        texts = [encode(p) for p in prompts]
+        return self._steps(texts, lambda text: visible_inputs(self._clean(text), self.ids, self.window))
+
+    def reopen(self, text: bytes, first: int) -> CachedSteps:
+        def inputs_of(grown: bytes) -> NDArray[np.int32]:
+            body = np.frombuffer(self._clean(grown), np.uint8).astype(np.int32) + self.ids.offset
+            return body if first else np.concatenate([[np.int32(self.ids.start)], body]).astype(np.int32)
+
+        return self._steps([text[max(first - 1, 0) :]], inputs_of)
+
+    def _steps(self, texts: list[bytes], inputs_of: Callable[[bytes], NDArray[np.int32]]) -> CachedSteps:
+        return CachedSteps(self.graph, self.params, self.ids, texts, inputs_of, self.window)
 
     def boundaries(self, text: Text) -> list[Boundaries]:
         def levels_of(row: NDArray[np.int32]):

@@ -82,6 +82,10 @@ class ByteLM(ABC):
             raise ConfigError("follow: one input at a time")
         return Rereading(ask, [encode(p) for p in prompts])
 
+    def reopen(self, text: bytes, first: int) -> Follower:
+        """One text that grows, read as `score` reads a window that begins at byte `first` of it."""
+        return self.follow([text[first:]])
+
     def logprobs(self, prefix: Text = b"", *, input: Text | None = None) -> NDArray[np.float64]:
         """ln p of each of the 257 symbols after `prefix`: [257]."""
         return self.logprobs_batch([prefix], inputs=_one(input))[0]

@@ -311,6 +311,9 @@ class TokenizedLM(ByteLM):
             out = [a + b for a, b in zip(out, new)]
         return out
 
+    def reopen(self, text: bytes, first: int) -> Covers:
+        return self.follow([text[_character(text, first) :]])
+
     def follow(
         self, prompts: Sequence[Text], *, inputs: Sequence[Text] | None = None, skip: float | None = None
     ) -> Covers:
