@@ -68,5 +68,4 @@ def entrants(name: str, lm: ByteLM) -> list[Entrant]:
                 Entrant(f"{name} (bytes)", "tokenized", lm)]  # fmt: skip
     if isinstance(lm, Seq2SeqLM):
         return [Entrant(name, lm.config.family, Continuing(lm), bits=False)]
-    assert isinstance(lm, NetworkLM)
-    return [Entrant(name, lm.config.family, lm)]
+    return [Entrant(name, lm.config.family if isinstance(lm, NetworkLM) else "other", lm)]

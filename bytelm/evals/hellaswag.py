@@ -8,7 +8,7 @@ the endings, and on both; the same noised context stands before all four endings
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,21 +39,24 @@ def _cleaned(text: str) -> str:
     return text.replace("  ", " ")
 
 
+def item_of(record: Mapping, line: int) -> Item:
+    """The item of a record in the published format; `line` names one without a number of its own."""
+    context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
+    endings, answer = tuple(_cleaned(ending) for ending in record["endings"]), int(record["label"])
+    if len(endings) != 4 or not 0 <= answer < 4:
+        raise ValueError("four endings and a label 0 .. 3 are needed")
+    return Item(str(record.get("ind", line)), _cleaned(context), endings, answer)
+
+
 def read_hellaswag(path: Path) -> list[Item]:
     """Items of a JSONL file in the published format. Raises ConfigError naming the line that is not."""
     items = []
     with path.open(encoding="utf-8") as file:
         for n, line in enumerate(file, 1):
             try:
-                record = json.loads(line)
-                context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
-                endings = tuple(_cleaned(ending) for ending in record["endings"])
-                answer = int(record["label"])
-                if len(endings) != 4 or not 0 <= answer < 4:
-                    raise ValueError("four endings and a label 0 .. 3 are needed")
+                items.append(item_of(json.loads(line), n))
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise ConfigError(f"{path}: line {n} is no item of HellaSwag: {e!r}") from None
-            items.append(Item(str(record.get("ind", n)), _cleaned(context), endings, answer))
     if not items:
         raise ConfigError(f"{path}: holds no item of HellaSwag")
     return items
