@@ -33,6 +33,7 @@ class EvalOptions:
     misspellings: Path | None = None  # lines `typo->word`: adds a noise
     words: Path | None = None  # text to take words from; none: the text
     parallel: Path | None = None  # folder of LANGUAGE.txt with a sentence a line
+    tokenizer: Path | None = None  # tokenized model: texts that its tokens cut wrongly
     morphemes: tuple[Path, ...] = ()  # words cut into morphemes (SIGMORPHON 2022)
     seed: int = 0  # of noise and of what is drawn
     text: tuple[str, ...] = ()  # files or globs (.txt, .jsonl, .gz, .zst, [a:b] slices)
@@ -247,7 +248,7 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
     for option, given in (("--window", options.window), ("--max-bytes", options.max_bytes), ("--task", options.task)):
         if given:
             raise ConfigError(f"{option} is for one figure of one model; suites (--out) have sizes of their own")
-    given = (options.cute, options.hellaswag, options.misspellings, options.words, options.parallel)
+    given = (options.cute, options.hellaswag, options.misspellings, options.words, options.parallel, options.tokenizer)
     for path in (*options.model, *(path for path in given if path is not None), *options.morphemes):
         if not path.exists():
             raise ConfigError(f"{path}: no such file or directory")
@@ -257,7 +258,8 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
         text, name = _held_out(options.model[0])
     material = suites.Material(
         text=text, cute=options.cute, hellaswag=options.hellaswag, misspellings=options.misspellings,
-        words=options.words, parallel=options.parallel, morphemes=options.morphemes, seed=options.seed,
+        words=options.words, parallel=options.parallel, tokenizer=options.tokenizer, morphemes=options.morphemes,
+        seed=options.seed,
         sizes=suites.Sizes.full() if options.full else suites.Sizes(),
     )  # fmt: skip
     names = names or [s for s in suites.SUITES if s not in suites.NEEDS or getattr(options, suites.NEEDS[s])]

@@ -17,6 +17,7 @@ from bytelm.byteview.byte_view import TokenizedLM
 from bytelm.byteview.token_model import TokenModel
 from bytelm.byteview.tokenizer_files import read_chat_template, read_vocabulary, token_ids
 from bytelm.byteview.tokenizer_json import vocabulary_of
+from bytelm.byteview.vocabulary import Vocabulary
 from bytelm.cached_steps import CachedSteps
 from bytelm.checkpoint import (
     CheckpointError,
@@ -254,18 +255,27 @@ def load(
 def _tokenized(path: Path, dtype: str | None, mesh: MeshConfig | None, **options: Any) -> TokenizedLM:
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype {dtype!r}: choose float32 or bfloat16")
+    vocabulary = load_vocabulary(path)
     if path.suffix == ".gguf":
-        record, tensors, tokenizer = open_gguf(path)
-        vocabulary, file, template = vocabulary_of(tokenizer, **token_ids(record)), path, record["chat_template"]
+        record, tensors, _ = open_gguf(path)
+        file, template = path, record["chat_template"]
     else:
         record, file = read_record(path), weights_file(path)
-        vocabulary, tensors, template = read_vocabulary(path, record), open_tensors(file), read_chat_template(path)
+        tensors, template = open_tensors(file), read_chat_template(path)
     config = token_lm.config_from(record, str(path), dtype or "float32")
     abstract = token_structure(config)[1]
     devices = None if mesh is None else make_mesh(mesh)
     shardings = None if devices is None else state_shardings(devices, abstract, TOKEN_RULES)
     params = token_lm.params_from(tensors, config, abstract, str(file), shardings)
     return TokenizedLM(TokenModel(config, params, devices), vocabulary, chat_template=template, **options)
+
+
+def load_vocabulary(path: Path) -> Vocabulary:
+    """The tokens of a tokenized model's folder or .gguf file. Raises ConfigError where there are none."""
+    if path.suffix == ".gguf":
+        record, _, tokenizer = open_gguf(path)
+        return vocabulary_of(tokenizer, **token_ids(record))
+    return read_vocabulary(path, read_record(path))
 
 
 def _as_lm(

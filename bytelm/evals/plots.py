@@ -40,21 +40,19 @@ def _save(figure: Any, path: Path) -> bool:
 
 
 def _bits(summary: Summary, path: Path) -> bool:
-    bars = [(m, summary.metric(m, "bpb", "text", "bpb")) for m in summary.models]
-    bars = [(m, v) for m, v in bars if math.isfinite(v)]
+    found = {m: summary.metric(m, "bpb", "text", "bpb") for m in summary.models}
+    bars = [(m, v, _colour(summary, m)) for m, v in found.items() if math.isfinite(v)]
     if not bars:
         return False
-    figure, axes = _figure(8, 1.2 + 0.42 * len(bars))
-    names = [m for m, _ in bars][::-1]
-    axes.barh(names, [v for _, v in bars][::-1], height=0.6, color=[_colour(summary, m) for m in names])
-    for y, (_, value) in enumerate(bars[::-1]):
+    bars += [(name, value, "#b9bec5") for name, value in summary.lines.items()]
+    bars.sort(key=lambda bar: -bar[1])
+    figure, axes = _figure(8, 0.9 + 0.36 * len(bars))
+    names, values, colours = zip(*bars)
+    axes.barh(names, values, height=0.62, color=colours)
+    for y, value in enumerate(values):
         axes.annotate(f"{value:.3f}", (value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
-    for name, value in summary.lines.items():
-        axes.axvline(value, color="#666666", linewidth=0.9, linestyle="--")
-        axes.annotate(f"{name} {value:.3f}", (value, 1), xycoords=("data", "axes fraction"), rotation=90, ha="right",
-                      va="top", fontsize=8, color="#444444", xytext=(-2, 0), textcoords="offset points")  # fmt: skip
     axes.set_xlabel("bits per byte")
-    axes.set_xlim(0, 1.12 * max([v for _, v in bars] + list(summary.lines.values())))
+    axes.set_xlim(0, 1.1 * max(values))
     return _save(figure, path)
 
 

@@ -15,14 +15,16 @@ from bytelm.config import ConfigError
 from bytelm.data.corpus import Corpus
 from bytelm.data.marks import corpus_identity
 from bytelm.data.noise import RULES, Draws, Noise, misspeller, noised
-from bytelm.evals import chunk_quality, counting, cute, langgame, noisy, word_tasks
+from bytelm.evals import chunk_quality, counting, cute, langgame, noisy, traps, word_tasks
 from bytelm.evals.bpb import bits_per_byte, first_bytes
 from bytelm.evals.choices import Question, ask
 from bytelm.evals.entrants import Entrant
 from bytelm.evals.hellaswag import CHANCE as HELLASWAG_CHANCE
 from bytelm.evals.hellaswag import TASKS as HELLASWAG_TASKS
 from bytelm.evals.hellaswag import Item, hellaswag_questions, read_hellaswag
+from bytelm.evals.variants import PAIRS, variants_unit
 from bytelm.evals.word_chain import word_unit
+from bytelm.lm import load_vocabulary
 
 NOISES = ("antspeak", "drop", "random_case", "repeat", "upper", "word_replace", "typo_swap", "typo_keyboard")
 Found = tuple[dict[str, float], dict[str, Any]]  # metrics, details by item
@@ -53,6 +55,7 @@ class Material:
     misspellings: Path | None = None  # lines `typo->word`
     words: Path | None = None  # text to take words from; none: the text
     parallel: Path | None = None  # folder of LANGUAGE.txt with a sentence a line, en.txt among them
+    tokenizer: Path | None = None  # tokenized model whose tokens set the traps
     morphemes: tuple[Path, ...] = ()  # files of words and their morphemes (SIGMORPHON 2022)
     seed: int = 0
     sizes: Sizes = field(default_factory=Sizes)
@@ -263,6 +266,25 @@ def _morphemes(material: Material) -> Iterator[Unit]:
         yield Unit("morphemes", path.name, {"words": words}, run, chunk_quality.has_chunks)
 
 
+def _traps(material: Material) -> Iterator[Unit]:
+    if material.tokenizer is None:
+        raise ConfigError("suite traps: needs the tokenizer to set them for, a tokenized model: --tokenizer MODEL")
+    vocabulary = load_vocabulary(material.tokenizer)
+
+    def cut(text: bytes) -> list[int]:
+        ids = vocabulary.encode(text, False) or ()
+        return list(itertools.accumulate(len(vocabulary.tokens[i] or b"") for i in ids))
+
+    words = word_tasks.frequent(material.word_counts, 5000)
+    questions = traps.questions(words, cut, material.sizes.items, material.seed)
+    yield from _asked("traps", material.tokenizer.name, questions, traps.CHANCE, material)
+
+
+def _variants(material: Material) -> Iterator[Unit]:
+    yield Unit("variants", "british", {"seed": material.seed, "pairs": PAIRS},
+               lambda entrant: variants_unit(entrant.lm, material.seed))  # fmt: skip
+
+
 def _chain(material: Material) -> Iterator[Unit]:
     text, most = material.need_text("words"), material.sizes.bpb_bytes
     counts = {word: material.word_counts[word] for word in material.word_counts}
@@ -276,10 +298,16 @@ SUITES: dict[str, Callable[[Material], Iterator[Unit]]] = {
     "charbench": lambda m: _words(m, word_tasks.CHARBENCH, "charbench"),
     "probes": lambda m: _words(m, word_tasks.PROBES, "probes"),
     "langgame": _langgame, "counting": _counting, "sums": _sums, "hellaswag": _hellaswag, "languages": _languages,
-    "morphemes": _morphemes,
+    "morphemes": _morphemes, "traps": _traps, "variants": _variants,
 }  # fmt: skip
 # Suites that need a file of the user's: the field that names it.
-NEEDS = {"cute": "cute", "hellaswag": "hellaswag", "languages": "parallel", "morphemes": "morphemes"}
+NEEDS = {
+    "cute": "cute",
+    "hellaswag": "hellaswag",
+    "languages": "parallel",
+    "morphemes": "morphemes",
+    "traps": "tokenizer",
+}
 
 
 def units(names: list[str], material: Material, written: bool) -> list[Unit]:

@@ -11,7 +11,7 @@ from bytelm.evals.hellaswag import CHANCE, robustness, robustness_interval
 from bytelm.evals.results import Result
 
 BASES = ("without", "clean")  # tasks of the noise suite that are no noise
-ACCURACIES = ("cute", "charbench", "probes", "langgame", "counting", "sums")
+ACCURACIES = ("cute", "charbench", "probes", "langgame", "counting", "sums", "traps")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Summary:
         """The suites' tables: a row a model, a column a task."""
         each = map(self._accuracy, ACCURACIES), map(self._written, ACCURACIES)
         found = [self._noise(), *each[0], *each[1], self._hellaswag(), self._words(), self._chunks(),
-                 self._languages(), self._morphemes()]  # fmt: skip
+                 self._languages(), self._morphemes(), self._variants()]  # fmt: skip
         return [table for table in found if table]
 
     def _noise(self) -> Table | None:
@@ -225,6 +225,16 @@ class Summary:
                 for m in self.models for t in tasks if t in self.of(m, "morphemes")]  # fmt: skip
         about = "Unit boundaries inside words against boundaries of morphemes; lift is over random boundaries."
         return Table("Morphemes", about, ["model, file", *names], rows) if rows else None
+
+    def _variants(self) -> Table | None:
+        names = {"same": "other form", "slip": "slip", "told": "form over slip"}
+        rows = [[m, *(shown(self.metric(m, "variants", "british", n)) for n in names)]
+                for m in self.models if self.of(m, "variants")]  # fmt: skip
+        about = (
+            "British and American forms of a word: bits a byte by which the text behind changes when the other form, "
+            "or a slip, stands in its place; share of forms that are more probable than with a slip."
+        )
+        return Table("Forms of a word", about, ["model", *names.values()], rows) if rows else None
 
 
 def shown(value: float, digits: int = 3, per_cent: bool = False) -> str:

@@ -3,7 +3,7 @@ that are worked out by hand; what a stopped evaluation keeps."""
 
 import json
 import math
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,13 @@ import pytest
 from bytelm.config import ConfigError
 from bytelm.data.noise import RULES, Draws
 from bytelm.data.sources import open_corpus
-from bytelm.evals import counting, cute, hellaswag, langgame, noisy, word_tasks
+from bytelm.evals import counting, cute, hellaswag, langgame, noisy, traps, word_tasks
 from bytelm.evals.choices import Question, ask, corruptions, interval
 from bytelm.evals.entrants import Entrant
 from bytelm.evals.results import Result, Results, key_of
 from bytelm.evals.suites import SUITES, Material, Sizes, units
 from bytelm.evals.summary import Summary
+from bytelm.evals.variants import PAIRS, variants_unit
 from models import Knows, Table, uniform
 
 TEXT = ("It was the best of times, it was the worst of times; wisdom and foolishness together. "
@@ -123,7 +124,7 @@ def test_all_suites_of_a_uniform_model(material):
     """Eight bits everywhere; contexts that do not help recover nothing."""
     entrant = Entrant("uniform", "table", uniform())
     results = []
-    for unit in units([n for n in SUITES if n not in ("languages", "morphemes")], material, written=True):
+    for unit in units([n for n in SUITES if n not in ("languages", "morphemes", "traps")], material, written=True):
         if unit.fits(entrant):
             metrics, details = unit.run(entrant)
             results.append(Result(unit.suite + unit.task, "uniform", unit.suite, unit.task, metrics, details))
@@ -262,6 +263,34 @@ def test_intervals_hold_the_mean():
     low, high = interval(values)
     assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 * math.sqrt(0.21 / 500), rel=0.15)
     assert interval(np.ones(5)) == (1.0, 1.0)
+
+
+def test_traps_are_what_the_tokens_fall_into():
+    """A tokenizer that takes the longest word it knows from the left."""
+    words = ["moves", "move", "table", "stable", "one", "ones", "own", "sown", "cart", "carts", "ashes", "sashes"]
+
+    def cut(text):
+        at, ends = 1, [1]
+        while at < len(text):
+            known = [w for w in words if text.startswith(w.encode(), at)]
+            at += max(map(len, known), default=1)
+            ends.append(at)
+        return ends
+
+    found = traps.traps(words, cut, 100)
+    assert {(a, b) for a, b, _, _ in found} == set(product(("cart", "move", "one"), ("sashes", "stable", "sown")))
+    assert all(a + b == c + d for a, b, c, d in found)
+    assert traps.traps(words, lambda text: range(len(text)), 9) == []  # tokens end everywhere: no trap
+    with pytest.raises(ConfigError, match="cuts only 1 pairs"):
+        traps.questions(words[:4], cut, 9)
+
+
+def test_variants_of_a_model_that_sees_one_byte():
+    """What stands behind a word depends on its last letter only, which a slip leaves and some forms change."""
+    figures, _ = variants_unit(Table(np.log(np.random.default_rng(0).dirichlet(np.ones(257), 257))), 0)
+    assert figures["slip"] == 0 < figures["same"] and 0 < figures["told"] < 1
+    assert variants_unit(uniform(), 0)[0]["told"] == 0
+    assert all(len(pair) == 2 and pair[0] != pair[1] for pair in PAIRS)
 
 
 def test_results_outlive_a_crash(tmp_path):
