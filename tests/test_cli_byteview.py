@@ -22,6 +22,7 @@ def test_sample_and_explain(golden, capsysbinary):
     assert "tokens of the prompt:  The | ␣l | ic | en" in out and "next byte" in out
 
 
+@pytest.mark.slow
 def test_ways_to_sample(golden, tmp_path, capsysbinary):
     model = tmp_path / "model"
     shutil.copytree(golden / "model_tiny_lm", model)

@@ -22,6 +22,7 @@ def lm():
     return make()
 
 
+@pytest.mark.slow
 def test_reserved_symbols_are_impossible(lm):
     p = lm.logprobs(b"abc")
     assert p[254] == p[255] == -np.inf and np.isfinite(np.delete(p, [254, 255])).all()
@@ -55,6 +56,7 @@ def test_rows_of_a_batch_do_not_see_each_other(lm):
     assert batch == alone and len(set(batch)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait", [0.25, 0.5, 1.0])
 def test_waiting_rows_make_the_same_bytes(lm, wait):
     prompts = [b"", b"The quick brow", TEXT[:20], b"aaaa", b"zz"]

@@ -120,6 +120,7 @@ def test_ways_of_deletion_differ_and_a_plain_model_deletes_nothing(lm):
     assert Seq2SeqLM(plain, network(plain)[1], 64).chunks(INPUTS[0]) == []
 
 
+@pytest.mark.slow
 def test_saved_for_its_authors_code_and_converted_back(lm, tmp_path, capsysbinary):
     save_hf(tmp_path / "hf", lm.config, lm.params)
     loaded = bytelm.load(tmp_path / "hf")

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from bytelm.config import (
@@ -36,6 +37,11 @@ SSM = SSMConfig(d_state=4, head_dim=8, chunk=8)
 # Heads divide by 4 (attention and Mamba), so that the mesh tests can split them.
 HYBRID = StackConfig(layout="m1T1", d_model=32, num_heads=4, num_kv_heads=4, d_mlp=64, window=5, ssm=SSM)
 FULL = StackConfig(layout="T2", d_model=32, num_heads=4, num_kv_heads=2, d_mlp=48)
+
+
+def mostly_slow(cases, *fast):
+    """The cases of a parametrized test, all but some marked slow."""
+    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def hnet(levels: int = 2, **fields) -> HNetConfig:

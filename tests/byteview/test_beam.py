@@ -37,6 +37,7 @@ def known(golden, name):
             yield bytes.fromhex(row["hex"]), np.exp(stored[f"all_{i}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, beam", [("tiny_lm", 512), ("tiny_sp", 512), ("tiny_sp", 8), ("tiny_lm", 3)])
 def test_every_way_to_cut_a_text(golden, loaded, name, beam):
     lm = TokenizedLM(loaded[name].model, loaded[name].vocabulary, "all", beam=beam)

@@ -18,6 +18,7 @@ def lm(root):
     return bytelm.load(root / "tests/golden/convert/model_tiny_lm")
 
 
+@pytest.mark.slow
 def test_samples_match(lm):
     year = Constrained(lm, regex=r"[0-9]{4}(-[0-9]{2})?", prompt="Copyright (C) ")
     samples = year.generate_batch([b""] * 12, 20, seed=1)

@@ -20,6 +20,7 @@ def members(root):
         return [bytelm.load(golden / f"model_{name}") for name in ("tiny_lm", "tiny_sp")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixture", "bayes", "product"])
 def test_scores_are_the_sum_of_steps(members, kind):
     ensemble = Ensemble(members, [0.3, 0.7], kind)

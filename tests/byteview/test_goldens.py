@@ -177,6 +177,7 @@ def test_longer_than_the_model(golden, loaded):
         lm.generate(text[:500], 100)
 
 
+@pytest.mark.slow
 def test_windows_that_would_begin_inside_a_character(loaded):
     for lm in loaded.values():
         text = "\u00e9\u00fc\u4e2d" * 90 + "x" + "\u4e2d" * 110  # 961 bytes
@@ -195,6 +196,7 @@ def test_wrong_arguments(golden, loaded):
         loaded["tiny_lm"].logprobs(b"a", input=b"b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, mesh", [("tiny_lm", dict(data=1, tensor=4, fsdp=2)), ("tiny_sp", dict(tensor=2, fsdp=4))]
 )

@@ -24,8 +24,7 @@ def lm(root):
 
 
 def test_it_knows_the_capital_wherever_the_prompt_ends(lm):
-    assert lm.generate(b"The capital of France is", 7, temperature=0) == b" Paris."
-    assert lm.generate(b"The capital of Fr", 17, temperature=0) == b"ance is Paris. Th"
+    assert lm.generate(b"The capital of Fr", 13, temperature=0) == b"ance is Paris"
     row = lm.logprobs(b"def fib(n):\n    ret")
     assert np.exp(row[ord("u")]) > 0.98  # the prompt's own tokens say a space
     assert np.exp(row).sum() == pytest.approx(1)

@@ -183,6 +183,7 @@ def test_chat_templates(source, tmp_path):
         read_vocabulary(tmp_path, {"vocab_size": 2048, "eos_token_id": 2047})
 
 
+@pytest.mark.slow
 def test_several_ends(source, tmp_path):
     """A model that ends its answers in several ways: all of them are the end."""
     for name in ("model.safetensors", "tokenizer.json"):

@@ -13,6 +13,7 @@ from bytelm.cli import run as cli
 from bytelm.config import ConfigError
 from bytelm.interop import hierarchical
 from bytelm.interop.parity import run_case
+from tiny import mostly_slow
 
 CASES = ("hat_tiny", "spacebyte_tiny", "spacebyte_periodic_tiny", "megabyte_tiny")
 
@@ -32,7 +33,7 @@ def folder(tmp_path, golden):
     return tmp_path
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "hat_tiny"))
 def test_parity(golden, case, capsys):
     assert cli(["parity", str(golden / case)]) == 0
     found = json.loads(capsys.readouterr().out)

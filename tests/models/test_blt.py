@@ -78,6 +78,7 @@ def test_the_largest_features_of_segments():
 # --- patches ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["threshold", "rise", "both"])
 @pytest.mark.parametrize("longest", [0, 3])
 def test_where_patches_begin(rule, longest):
@@ -125,6 +126,7 @@ def test_what_an_entropy_model_may_be():
     assert tiny.entropy().reach == 10
 
 
+@pytest.mark.slow
 def test_an_hnet_cut_by_entropy():
     """Cached steps equal the full forward; marks in the patcher's place; no gradient reaches the patcher."""
     network, params = tiny.network(tiny.hnet(1, chunker="entropy", patcher=tiny.entropy()))
@@ -151,6 +153,7 @@ def test_an_hnet_cut_by_entropy():
 # --- published ones ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_parity_with_transformers(golden, case, tmp_path, capsys):
     assert cli(["parity", str(golden / case)]) == 0
@@ -164,6 +167,7 @@ def test_parity_with_transformers(golden, case, tmp_path, capsys):
     assert not run_case(tmp_path / case)["ok"]
 
 
+@pytest.mark.slow
 def test_a_published_folder(golden, tmp_path):
     shutil.copy(golden / "joined/config.json", tmp_path)
     shutil.copy(golden / "joined/weights.safetensors", tmp_path / "model.safetensors")

@@ -57,7 +57,7 @@ def run(graph, params, inputs, segments=None, capacity=None, marks=None):
     return out.logits, out.levels[0], out.scored
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", tiny.mostly_slow(CONFIGS, "hat"))
 def test_cached_steps_equal_the_full_forward(name):
     """From nothing, and behind prefills of unequal lengths that end inside words, characters and broken bytes."""
     network, graph, params = make(name)

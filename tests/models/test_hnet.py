@@ -54,6 +54,7 @@ def test_boundaries_are_mixed(levels):
         assert 0.15 < share < 0.85, share
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [1, 2])
 def test_any_sufficient_capacity_gives_the_same_result(levels):
     """Exactly what is needed, nine more, the row, twice the row."""
@@ -155,6 +156,7 @@ def test_a_document_without_slots_does_not_read_anothers(model):
     np.testing.assert_allclose(got.logits[starved, 20:], want.logits[starved, 20:], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_padding_and_empty_slots_do_not_touch_loss_or_gradient(model):
     """The same two documents, padded and not, with slots for twice the row: one loss, one gradient, no NaN."""
     graph, state = nnx.split(model, nnx.Param)
@@ -208,6 +210,7 @@ def test_inner_state_advances_only_at_boundaries(model):
     np.testing.assert_array_equal(lengths, level.boundary.sum(axis=1))
 
 
+@pytest.mark.slow
 def test_gradients_equal_finite_differences(x64):
     """In float64, in random directions, for the loss with its straight-through parts taken out of play by comparing
     only directions that move no boundary: a step of 1e-6."""

@@ -179,6 +179,7 @@ def test_dropout_and_noise_depend_on_the_key_only():
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_finite_gradients_for_every_weight(kind):
     config, params = built(kind, deletion={"rate": 0.5})

@@ -117,6 +117,7 @@ def test_initial_state_does_not_depend_on_the_mesh(on_one_device):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), *states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_gradient_accumulation_equals_the_whole_batch(on_one_device, devices):
     want, _ = on_one_device

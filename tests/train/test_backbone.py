@@ -50,6 +50,7 @@ def test_the_blocks_say_the_same():
     np.testing.assert_allclose(r @ table.T.astype(np.float64), model(ids), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_frozen_then_trained(tmp_path):
     model, name = hat(), "backbone"
     run = tmp_path / "run"

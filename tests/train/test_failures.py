@@ -63,6 +63,7 @@ def test_out_of_memory_says_what_took_it(tmp_path, root):
         assert advice in said
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving_keeps_the_checkpoint_before(tmp_path, root):
     """No file may grow beyond 40 kB, which the larger arrays pass: writing fails half-way, as on a full disk."""
     config = run_config(tmp_path / "run", steps=4, train={"compilation_cache": "off"})
@@ -148,6 +149,9 @@ BREAKS = {
 }  # fmt: skip
 
 
+EVERY = "BYTELM_EVERY_DAMAGE" in os.environ  # else a third of them
+
+
 @pytest.mark.slow
 def test_twenty_breaks_of_the_newest_checkpoint_all_fall_back(tmp_path):
     """Whatever is broken of it, it is set aside, and the run goes on from the one before, to the same losses."""
@@ -155,7 +159,7 @@ def test_twenty_breaks_of_the_newest_checkpoint_all_fall_back(tmp_path):
     config = run_config(tmp_path / "whole", steps=8, checkpoint={"keep": 4})
     train(config)
     wanted = losses(tmp_path / "whole")
-    for name, (where, change) in BREAKS.items():
+    for name, (where, change) in list(BREAKS.items())[:: 1 if EVERY else 3]:
         run = tmp_path / name
         shutil.copytree(tmp_path / "whole", run)
         shutil.rmtree(run / "checkpoints" / "8")
@@ -174,7 +178,7 @@ def test_twenty_damages_to_the_newest_checkpoint(tmp_path):
     wanted, fell_back = losses(tmp_path / "whole"), 0
     shapes = structure(config.model)[1]
     last = restore_params(tmp_path / "whole" / "checkpoints" / "8", shapes)
-    for i in range(20):
+    for i in range(20 if EVERY else 7):
         run = tmp_path / f"{i}"
         shutil.copytree(tmp_path / "whole", run)
         shutil.rmtree(run / "checkpoints" / "8")
@@ -185,7 +189,7 @@ def test_twenty_damages_to_the_newest_checkpoint(tmp_path):
         same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), again, last)
         assert all(jax.tree.leaves(same)), what
         fell_back += (run / "checkpoints" / "broken-6").exists()
-    assert fell_back >= 5  # some damage is to what reading does not need
+    assert fell_back >= (5 if EVERY else 2)  # some damage is to what reading does not need
 
 
 @pytest.mark.slow
