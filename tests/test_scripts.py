@@ -1,6 +1,7 @@
 """The set-up of scripts/quickstart and scripts/test: what they say when Python, disk or network are missing."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,24 @@ def test_spelling_task(root, tmp_path):
         assert len(changed) == 1
         typo, word = changed[0]
         assert {"The": typo in ("Teh", "Tehe"), "the": typo in ("teh", "tehe"), "quick": typo == "qiuck"}[word]
+
+
+def test_tasks_to_train_on(root, tmp_path):
+    (tmp_path / "text.txt").write_text(
+        " ".join(["able", "ant", "bear", "coffee", "dolphin", "elephant", "of", "to", "letters", "yellow"] * 3)
+    )
+    made = make_tasks(root, "langgame", tmp_path / "a.txt", "--text", tmp_path / "text.txt", "--count", 40)
+    assert made.returncode == 0, made.stderr
+    for line in (tmp_path / "a.txt").read_text().splitlines():
+        question, answer = line.rsplit(" Answer: ", 1)
+        assert answer in question.split("options are: ")[1].rstrip(".").split(", ")
+    assert make_tasks(root, "sums", tmp_path / "b.txt", "--count", 30).returncode == 0
+    for line in (tmp_path / "b.txt").read_text().splitlines():
+        a, b, total = re.fullmatch(r"\$(\d{3})\+(\d{3})=(\d+)\$", line).groups()
+        assert int(a) + int(b) == int(total[::-1])
+    (tmp_path / "text.txt").write_text("a b c")
+    refused = make_tasks(root, "langgame", tmp_path / "c.txt", "--text", tmp_path / "text.txt")
+    assert refused.returncode == 1 and "too few" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_word_search_task(root, tmp_path):

@@ -84,7 +84,7 @@ def agreement(starts: Starts, gaps: Sequence[tuple[int, int]], size: int) -> dic
     density = len(starts) / max(size - 1, 1)
     precision = float(inside[starts].mean()) if len(starts) else 0.0
     recall = float(hit.mean()) if len(gaps) else math.nan
-    by_chance = _f1(float(inside[1:size].mean()), float((1 - (1 - density) ** widths).mean()) if len(gaps) else 0.0)
+    by_chance = _f1(float(inside[1:size].mean()), float((1 - (1 - density) ** widths).mean())) if len(gaps) else 0.0
     f1 = _f1(precision, recall)
     return {"precision": precision, "recall": recall, "f1": f1, "lift": f1 / by_chance if by_chance else math.nan}
 
