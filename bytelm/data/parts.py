@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from bytelm.data.jobs import JobDied, run_jobs
+from bytelm.data.noise import Draws, noised
 from bytelm.data.readers import DataError, RecordError
-from bytelm.data.units import PrepareOptions, Source, Unit, read_span, records_before
+from bytelm.data.units import NOISE, PrepareOptions, Source, Unit, read_span, records_before
+from bytelm.vocab import complete_prefix
 
 RESERVED = (0xFE, 0xFF)  # bytes that H-Net keeps for its own symbols; valid UTF-8 has neither
 
@@ -38,7 +40,8 @@ class PartJob:
 def part_job(parts: Path, unit: Unit, sources: list[Source], options: PrepareOptions) -> PartJob:
     mine = tuple(sources[span.source] for span in unit)
     plain = [(source.path, source.size, source.changed, span.begin, span.end) for source, span in zip(mine, unit)]
-    read = {name: getattr(options, name) for name in ("text_field", "records", "reserved", "max_record_bytes")}
+    names = ("text_field", "records", "reserved", "max_record_bytes", *(NOISE if options.noise else ()))
+    read = {name: getattr(options, name) for name in names}
     return PartJob(str(parts), hash_of(plain, read), mine, unit, options)
 
 
@@ -121,6 +124,26 @@ def _changed(source: Source) -> bool:
     return (stat.st_size, stat.st_mtime_ns) != (source.size, source.changed)
 
 
+def _noised(text: Iterable[bytes], options: PrepareOptions) -> Iterator[bytes]:
+    """The chunks of a document under one of the rules of noise, or as they are. What is drawn depends on how the
+    document begins, and the seed."""
+    document = rule = ""
+    rest, text = b"", iter(text)
+    for n, chunk in enumerate(text):
+        if not n:
+            document = hashlib.blake2b(chunk, digest_size=16).hexdigest()
+            draws = Draws(options.seed, document)
+            if draws.uniform(1)[0] >= options.noise_share:
+                yield chunk
+                yield from text
+                return
+            rule = options.noise[draws.below(len(options.noise))]
+        whole = complete_prefix(rest + chunk)
+        piece, rest = (rest + chunk)[:whole], (rest + chunk)[whole:]
+        yield noised(piece, rule, seed=options.seed, document=document, field=str(n))
+    yield rest
+
+
 class _DocumentWriter:
     """Writes one part: KEY.docs, .lengths.npy, .hashes.npy, .errors, and KEY.json last of all."""
 
@@ -140,7 +163,7 @@ class _DocumentWriter:
         try:
             if isinstance(text, RecordError):
                 raise text
-            for chunk in text:
+            for chunk in _noised(text, self.job.options) if self.job.options.noise else text:
                 self._check(chunk, self._docs.tell() - begin)
                 digest.update(chunk)
                 self._docs.write(chunk)

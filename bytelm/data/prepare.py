@@ -25,7 +25,7 @@ from bytelm.data.parts import PartJob, errors_of, hash_of, part_job, part_path, 
 from bytelm.data.prepared import FORMAT, MANIFEST, is_prepared, read_manifest
 from bytelm.data.readers import DataError
 from bytelm.data.shards import PARTS, ShardJob, Split, plan_splits, write_shard
-from bytelm.data.units import PrepareOptions, Source, cut_units, find_sources
+from bytelm.data.units import NOISE, PrepareOptions, Source, cut_units, find_sources
 
 ERRORS = "errors.jsonl"
 
@@ -52,7 +52,8 @@ def prepare(out: Path, inputs: Iterable[str], options: PrepareOptions,
     licenses = _licenses(entries, options.license)
     sources = find_sources(entries, licenses)
     require(bool(sources), "name at least one input: a file or a glob")
-    settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in ("workers", "on_error", "license")}
+    without = ("workers", "on_error", "license", *(() if options.noise else NOISE))
+    settings = {k: v for k, v in dataclasses.asdict(options).items() if k not in without}
     with _own(out), _said(out):
         inside = str(out.resolve()) + os.sep  # what an earlier run made there is no input
         sources = [source for source in sources if not source.path.startswith(inside)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bytelm.config import ConfigError, require
+from bytelm.data.noise import RULES
 from bytelm.data.readers import COMPRESSED, DAMAGED, RecordError, jsonl_text, open_stream
 from bytelm.data.sources import BUNDLED, UNREADABLE, expand
 
@@ -53,6 +54,9 @@ class Span:
 Unit = tuple[Span, ...]
 
 
+NOISE = ("noise", "noise_share", "seed")  # options that say nothing where there is no noise
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
     """Makes a folder of sharded ArrayRecord files, with a manifest, that training reads with random access."""
@@ -67,6 +71,9 @@ class PrepareOptions:
     shard_bytes: int = 256 << 20  # text in a shard
     piece_bytes: int = 64 << 10  # a longer document is stored as several records
     compression: Literal["zstd", "snappy", "none"] = "zstd"  # of the records
+    noise: tuple[str, ...] = ()  # rules (drop, repeat, ...): each document is noised by one of them, drawn evenly
+    noise_share: float = 1.0  # share of the documents that are noised
+    seed: int = 0  # of the noise
     license: tuple[str, ...] = ()  # for the manifest: one for all inputs, or one for each
     workers: int = os.cpu_count() or 1  # processes that read and write; 0 = in this process
 
@@ -75,6 +82,9 @@ class PrepareOptions:
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         require(0 <= self.valid_fraction < 1, f"--valid-fraction {self.valid_fraction}: must be in [0, 1)")
         require(self.workers >= 0, f"--workers {self.workers}: must not be negative")
+        require(0 <= self.noise_share <= 1, f"--noise-share {self.noise_share}: must be in [0, 1]")
+        for rule in self.noise:
+            require(rule in RULES, f"--noise {rule}: choose {', '.join(RULES)}")
 
 
 def find_sources(entries: Iterable[str], licenses: list[str]) -> list[Source]:

@@ -15,6 +15,7 @@ from prepare_helpers import HERE, SKIP, command, errors, files_of, jsonl, prepar
 
 from bytelm.config import ConfigError
 from bytelm.data import units
+from bytelm.data.parts import _noised
 from bytelm.data.prepare import prepare
 from bytelm.data.sources import open_corpus, split_validation
 
@@ -79,15 +80,33 @@ def test_few_documents_give_their_ends_to_validation(tmp_path):
     assert prepared(tmp_path / "out", "valid") == [bytes(range(180, 200))]
 
 
-def test_how_the_work_is_cut_and_shared_changes_nothing(many, tmp_path, monkeypatch):
+@pytest.mark.parametrize("noise", [(), ("drop", "upper")])
+def test_how_the_work_is_cut_and_shared_changes_nothing(many, tmp_path, monkeypatch, noise):
     """Small units against large ones, worker processes against none: the same bytes in the same files."""
-    options = dataclasses.replace(HERE, valid_fraction=0.05, shard_bytes=2000)
+    options = dataclasses.replace(HERE, valid_fraction=0.05, shard_bytes=2000, noise=noise, noise_share=0.5)
     prepare(tmp_path / "one", many, options)
     prepare(tmp_path / "two", many, dataclasses.replace(options, workers=2))
     monkeypatch.setattr(units, "UNIT_BYTES", 700)
     prepare(tmp_path / "three", many, options)
     one = files_of(tmp_path / "one")
     assert len(one) > 6 and one == files_of(tmp_path / "two") == files_of(tmp_path / "three")
+
+
+def test_noise(tmp_path, monkeypatch):
+    """A share of the documents is noised, each by one of the rules; a character is whole though it is read in two."""
+    texts = [f"Der Hund Nummer {n} läuft über die Straße. " * 3 for n in range(200)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*texts))
+    options = dataclasses.replace(HERE, valid_fraction=0.0, noise=("upper", "typo_swap"), noise_share=0.6, seed=3)
+    prepare(tmp_path / "out", [f"{tmp_path}/a.jsonl"], options)
+    found = [t.decode() for t in prepared(tmp_path / "out")]
+    kinds = ["same" if a == b else "upper" if b == a.upper() else "typos" for a, b in zip(texts, found)]
+    assert 60 < kinds.count("same") < 100 and min(kinds.count("upper"), kinds.count("typos")) > 35
+    assert all(sorted(a) == sorted(b) for a, b, kind in zip(texts, found, kinds) if kind == "typos")
+    with pytest.raises(ConfigError, match="other inputs or with other options"):
+        prepare(tmp_path / "out", [f"{tmp_path}/a.jsonl"], dataclasses.replace(options, seed=4))
+    halves = [texts[0].encode()[:40], texts[0].encode()[40:]]  # inside the ß
+    whole = b"".join(_noised(halves, dataclasses.replace(options, noise=("upper",), noise_share=1.0)))
+    assert whole.decode() == texts[0].upper()
 
 
 def test_all_frames_of_a_zst(tmp_path):
