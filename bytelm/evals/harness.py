@@ -81,11 +81,11 @@ class HarnessLM(LM):
         return out
 
 
-def bpb_task(name: str, files: Sequence[Path]) -> dict[str, Any]:
+def bpb_task(name: str, files: Sequence[str | Path]) -> dict[str, Any]:
     """An lm-eval task: bits per byte of text files, a document each."""
     return {
         "task": name, "dataset_path": "text", "output_type": "loglikelihood_rolling", "test_split": "test",
-        "dataset_kwargs": {"data_files": {"test": [str(f.resolve()) for f in files]}, "sample_by": "document",
+        "dataset_kwargs": {"data_files": {"test": [str(Path(f).resolve()) for f in files]}, "sample_by": "document",
                            "keep_linebreaks": True},
         "doc_to_text": "", "doc_to_target": "{{text}}",
         "metric_list": [{"metric": m} for m in ("bits_per_byte", "byte_perplexity", "word_perplexity")],
@@ -102,11 +102,11 @@ def _hellaswag_docs(dataset: Any) -> Any:
     return dataset.map(one)
 
 
-def hellaswag_task(name: str, file: Path) -> dict[str, Any]:
+def hellaswag_task(name: str, file: str | Path) -> dict[str, Any]:
     """An lm-eval task: HellaSwag from a JSONL file in the published format."""
     return {
         "task": name, "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
-        "dataset_kwargs": {"data_files": {"test": str(file.resolve())}},
+        "dataset_kwargs": {"data_files": {"test": str(Path(file).resolve())}},
         "process_docs": _hellaswag_docs,
         "doc_to_text": "{{query}}", "doc_to_target": "{{gold}}", "doc_to_choice": "{{choices}}",
         "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True}
