@@ -2,10 +2,12 @@
 of tokens is a start for sequences of words (the HAT report's conversion)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from bytelm.checkpoint import CheckpointError
 from bytelm.config import ConfigError, StackConfig
@@ -16,10 +18,19 @@ from bytelm.models.build import Params
 from bytelm.models.token_lm import TokenLMConfig, token_structure
 
 
-def open_blocks(path: Path) -> tuple[StackConfig, Callable[[], tuple[Params, float]]]:
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a tokenized model, and what it has around them: the root mean square of its embeddings, and the
+    scale of its last norm."""
+
+    params: Params
+    embedding_size: float
+    norm: NDArray[np.float32]
+
+
+def open_blocks(path: Path) -> tuple[StackConfig, Callable[[], Blocks]]:
     """The blocks of a tokenized model (a folder of transformers, or a .gguf file) as a stack, and a function that reads
-    their weights in float32 and the root mean square of the embeddings that they were trained on. Raises
-    CheckpointError or ConfigError."""
+    them in float32. Raises CheckpointError or ConfigError."""
     if path.suffix == ".gguf":
         (record, tensors, _), file = open_gguf(path), path
     else:
@@ -31,10 +42,11 @@ def open_blocks(path: Path) -> tuple[StackConfig, Callable[[], tuple[Params, flo
     config = token_lm.config_from(record, str(path))
     stack = stack_config(config, str(path))
 
-    def read() -> tuple[Params, float]:
+    def read() -> Blocks:
         params = token_lm.params_from(tensors, config, token_structure(config)[1], str(file))
         scale = float(np.sqrt(np.mean(np.square(np.asarray(params["embed"]["table"], np.float32)))))
-        return jax.tree.map(np.asarray, stack_params(params, stack)), scale
+        norm = np.asarray(params["norm"]["scale"], np.float32)
+        return Blocks(jax.tree.map(np.asarray, stack_params(params, stack)), scale, norm)
 
     return stack, read
 

@@ -22,7 +22,7 @@ from bytelm.config import (
     ModelConfig,
     StackConfig,
 )
-from bytelm.interop.backbone import open_blocks
+from bytelm.interop.backbone import Blocks, open_blocks
 from bytelm.interop.published import is_model, open_model
 from bytelm.interop.weights import shapes_match
 from bytelm.models.build import Params, byte_ids, entropy_rule, structure
@@ -106,7 +106,7 @@ def with_parts(config: Config) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def _blocks(source: str) -> tuple[StackConfig, Callable[[], tuple[Params, float]]]:
+def _blocks(source: str) -> tuple[StackConfig, Callable[[], Blocks]]:
     """The blocks of a tokenized model (`open_blocks`)."""
     try:
         return open_blocks(Path(source))
@@ -126,33 +126,42 @@ def load_parts(config: Config, abstract: Params, params: Params, fresh: Sequence
             "windows (configs/entropy_tiny.yaml), choose a threshold with bytelm patches, and name its run here"
         )
     if config.train.backbone:
-        blocks, scale = _blocks(config.train.backbone)[1]()
+        blocks = _blocks(config.train.backbone)[1]()
         put = lambda x, a: place(np.asarray(x, np.float32), a.sharding)  # noqa: E731
-        out["backbone"] = jax.tree.map(put, blocks, abstract["backbone"])
-        out["pool"] = _scaled_pool(config.model, out, scale)
+        out["backbone"] = jax.tree.map(put, blocks.params, abstract["backbone"])
+        out |= _around(config.model, out, blocks)
     return out
 
 
-def _scaled_pool(model: ModelConfig, params: Params, scale: float) -> Params:
-    """The word pooling of a fresh HAT, made so large that words have the root mean square `scale`: blocks add to what
-    comes in, and those that were trained on embeddings of one size do little to much larger ones."""
+def _around(model: ModelConfig, params: Params, blocks: Blocks) -> Params:
+    """The word pooling and guides of a fresh HAT, made to fit the blocks between them. Words get the root mean square
+    of the tokens' embeddings: blocks add to what comes in, and those that were trained on embeddings of one size do
+    little to much larger ones. The guides' norms get the scale of the tokenized model's last norm, which takes out the few
+    huge features that its blocks make, and of such a size that guides are about 1."""
     text = (
         b"It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness,"
     )
     inputs = np.frombuffer(bytes([byte_ids(model).start]) + text, np.uint8).astype(np.int32)[None]
     graph, _ = structure(model)
 
-    def pooled(params, inputs):
+    def fitted(params, inputs):
         network = nnx.merge(graph, params)
         e, units = network.words(inputs)
         real = (units.first < inputs.shape[1])[..., None]
-        ratio = scale / jnp.sqrt(
-            jnp.sum(jnp.where(real, e.astype(jnp.float32), 0) ** 2) / (jnp.sum(real) * e.shape[-1])
-        )
-        return {**params["pool"], "out": {"kernel": params["pool"]["out"]["kernel"] * ratio}}
 
-    shardings = jax.tree.map(lambda x: x.sharding, params["pool"])
-    return jax.jit(pooled, out_shardings=shardings)(params, inputs)
+        def size(x):
+            return jnp.sqrt(jnp.sum(jnp.where(real, x.astype(jnp.float32), 0) ** 2) / (jnp.sum(real) * x.shape[-1]))
+
+        ratio = blocks.embedding_size / size(e)
+        o = network.backbone(e * ratio.astype(e.dtype)).astype(jnp.float32)
+        norm = blocks.norm / size(o * jax.lax.rsqrt(jnp.mean(o**2, axis=-1, keepdims=True)) * blocks.norm)
+        pool, guide = params["pool"], params["guide"]
+        layers = guide["layer"]["norm"]["scale"].shape
+        layer = {**guide["layer"], "norm": {"scale": jnp.broadcast_to(norm, layers)}}
+        return {"pool": {**pool, "out": {"kernel": pool["out"]["kernel"] * ratio}}, "guide": {**guide, "layer": layer}}
+
+    shardings = jax.tree.map(lambda x: x.sharding, {name: params[name] for name in ("pool", "guide")})
+    return jax.jit(fitted, out_shardings=shardings)(params, inputs)
 
 
 def _without(tree: Params, names: list[str]) -> Params:

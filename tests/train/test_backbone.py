@@ -35,8 +35,8 @@ def test_the_blocks_say_the_same():
     stack, read = open_blocks(LLAMA)
     assert (stack.layout, stack.d_model, stack.num_kv_heads, stack.head_width) == ("T2", 128, 2, 32)
     blocks = Stack(stack, std=0.02, dtype="float32", rngs=nnx.Rngs(0), closing_norm=False)
-    params, scale = read()
-    nnx.update(blocks, params)
+    found = read()
+    nnx.update(blocks, found.params)
     config = token_lm.config_from(read_record(LLAMA), "x")
     graph, abstract = token_structure(config)
     tensors = open_tensors(LLAMA / "model.safetensors")
@@ -44,7 +44,8 @@ def test_the_blocks_say_the_same():
     ids = jnp.asarray(np.random.default_rng(0).integers(0, config.vocabulary, (2, 17)), jnp.int32)
     weights = load_file(LLAMA / "model.safetensors")
     table = weights["model.embed_tokens.weight"]
-    assert scale == pytest.approx(np.sqrt((table**2).mean()), rel=1e-5)
+    assert found.embedding_size == pytest.approx(np.sqrt((table**2).mean()), rel=1e-5)
+    np.testing.assert_array_equal(found.norm, weights["model.norm.weight"])
     r = np.asarray(blocks(jnp.asarray(table[np.asarray(ids)])), np.float64)
     r = r / np.sqrt((r**2).mean(-1, keepdims=True) + config.norm_eps) * weights["model.norm.weight"]
     np.testing.assert_allclose(r @ table.T.astype(np.float64), model(ids), atol=2e-5)
@@ -59,7 +60,8 @@ def test_frozen_then_trained(tmp_path):
                    checkpoint={"every": 2, "keep": 3}), model=model,
     )  # fmt: skip
     train(config)
-    own, scale = open_blocks(LLAMA)[1]()
+    blocks = open_blocks(LLAMA)[1]()
+    own = blocks.params
     after2 = bytelm.load(run, checkpoint="2").params
     jax.tree.map(np.testing.assert_array_equal, after2[name], own)
     end = bytelm.load(run)
@@ -70,11 +72,19 @@ def test_frozen_then_trained(tmp_path):
     assert np.abs(np.asarray(after2["embed"]["table"]) - before["embed"]["table"]).max() > 0
     with jax.set_mesh(make_mesh(MeshConfig())):
         setup = plan_state(dataclasses.replace(config, model=end.config), jax.sharding.get_mesh())
-    fresh = load_parts(dataclasses.replace(config, model=end.config), setup.abstract["params"], before, ())
+    placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), before, setup.abstract["params"])
+    fresh = load_parts(dataclasses.replace(config, model=end.config), setup.abstract["params"], placed, ())
     network = nnx.merge(setup.graph, fresh)
     words, units = network.words(jnp.asarray([[192, *b"A text of words, some longer than others."]], jnp.int32))
     size = np.sqrt((np.asarray(words)[0, : int(units.begins.sum())] ** 2).mean())
-    assert scale / 1.5 < size < scale * 1.5
+    assert size == pytest.approx(blocks.embedding_size, rel=0.5)
+    guides = np.asarray(fresh["guide"]["layer"]["norm"]["scale"])
+    np.testing.assert_allclose(
+        guides / guides[0, 0], np.broadcast_to(blocks.norm / blocks.norm[0], guides.shape), rtol=1e-5
+    )
+    o = np.asarray(network.backbone(words), np.float64)[0, : int(units.begins.sum())]
+    normed = o / np.sqrt((o**2).mean(-1, keepdims=True)) * guides[0]
+    assert np.sqrt((normed**2).mean()) == pytest.approx(1, rel=0.2)  # over another text
 
 
 def test_what_does_not_fit(tmp_path):
