@@ -257,6 +257,8 @@ class TrainConfig:
     init_from: str = ""  # run or weights directory whose weights to start from
     patcher: str = ""  # patches by entropy: run or weights directory of the flat model that finds them
     backbone: str = ""  # of a HAT: folder of a tokenized Llama, Mistral or Qwen 3 whose blocks it starts as
+    word_steps: int = 0  # with backbone: steps before the first in which the HAT's word reader learns to give those
+    # blocks what they are used to, the embeddings of a word's tokens
     max_skipped: int = 10  # batches in a row whose loss or gradient is not finite before the run ends (exit status 3)
     allow_config_change: bool = False  # resume although model, data or optimizer settings differ
     compilation_cache: str = ""  # folder of compiled programs; empty = ~/.cache/bytelm/xla, "off" = none
@@ -268,8 +270,12 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "grad_accum", "log_every", "max_skipped"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: must be at least 1")
-        for name in ("seed", "profile_start", "profile_steps"):
+        for name in ("seed", "profile_start", "profile_steps", "word_steps"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: must not be negative")
+        require(
+            not self.word_steps or bool(self.backbone),
+            f"train.word_steps={self.word_steps}: words are taught what train.backbone was trained on: name it",
+        )
         require(self.run_dir != "", "train.run_dir is empty: name a folder for the run")
 
 

@@ -42,7 +42,8 @@ ARROWS = {
     "plan_pod": {"plan", "plan_compile", "topology", "communication", "devices", "models", "train.capacity"},
     "plan": {"models", "nn", "parallel", "devices", "train.state", "train.capacity", "data.seq2seq"},
     "train": {"models", "nn", "data", "parallel", "checkpoint", "metrics", "devices", "interop", "generate",
-              "evals.bpb", "evals.chunk_history", "evals.seq2seq"},
+              "evals.bpb", "evals.chunk_history", "evals.seq2seq",
+              "lm", "byteview.vocabulary"},  # these for word_reader
 }  # fmt: skip
 
 

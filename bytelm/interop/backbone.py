@@ -20,10 +20,11 @@ from bytelm.models.token_lm import TokenLMConfig, token_structure
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of a tokenized model, and what it has around them: the root mean square of its embeddings, and the
+    """The blocks of a tokenized model, and what it has around them: its embeddings, their root mean square, and the
     scale of its last norm."""
 
     params: Params
+    embeddings: NDArray[np.float32]
     embedding_size: float
     norm: NDArray[np.float32]
 
@@ -44,9 +45,10 @@ def open_blocks(path: Path) -> tuple[StackConfig, Callable[[], Blocks]]:
 
     def read() -> Blocks:
         params = token_lm.params_from(tensors, config, token_structure(config)[1], str(file))
-        scale = float(np.sqrt(np.mean(np.square(np.asarray(params["embed"]["table"], np.float32)))))
+        embeddings = np.asarray(params["embed"]["table"], np.float32)
+        size = float(np.sqrt(np.mean(np.square(embeddings))))
         norm = np.asarray(params["norm"]["scale"], np.float32)
-        return Blocks(jax.tree.map(np.asarray, stack_params(params, stack)), scale, norm)
+        return Blocks(jax.tree.map(np.asarray, stack_params(params, stack)), embeddings, size, norm)
 
     return stack, read
 

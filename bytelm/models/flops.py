@@ -102,6 +102,13 @@ def unit_stacks(model: UnitConfig, t: int, slots: Sequence[int]) -> list[tuple[S
     return [(model.stack(s, part), elements) for s, elements in enumerate((t, *slots)) for part in parts(s)]
 
 
+def reader_flops(c: HATConfig, t: float) -> float:
+    """Forward FLOPs per byte of a HAT's encoder and pooling."""
+    d, wider = c.encoder.d_model, c.backbone.d_model
+    kv = (c.pool_kv_heads or c.pool_heads) / c.pool_heads
+    return stack_flops(c.encoder, t) + 4 * d * wider * kv + 4 * wider + 2 * wider * wider / target_bytes_per_chunk(c)[0]
+
+
 def hat_flops(c: HATConfig, t: float, span: float) -> float:
     """Forward FLOPs per byte of a HAT with `span` bytes a word."""
     d, wider = c.encoder.d_model, c.backbone.d_model

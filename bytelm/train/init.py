@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from bytelm.checkpoint import CheckpointError, find_checkpoint, read_meta, restore_params, stored_config
 from bytelm.config import (
@@ -22,10 +23,12 @@ from bytelm.config import (
     ModelConfig,
     StackConfig,
 )
+from bytelm.data.corpus import Corpus
 from bytelm.interop.backbone import Blocks, open_blocks
 from bytelm.interop.published import is_model, open_model
 from bytelm.interop.weights import shapes_match
 from bytelm.models.build import Params, byte_ids, entropy_rule, structure
+from bytelm.models.units import Units
 from bytelm.parallel.hosts import place
 from bytelm.parallel.rules import path_string
 from bytelm.vocab import NUM_SYMBOLS
@@ -114,10 +117,13 @@ def _blocks(source: str) -> tuple[StackConfig, Callable[[], Blocks]]:
         raise ConfigError(f"train.backbone={source}: {e}") from None
 
 
-def load_parts(config: Config, abstract: Params, params: Params, fresh: Sequence[str]) -> Params:
-    """`params` with the weights of train.patcher and train.backbone in their places. Raises ConfigError where an
-    entropy model is among the `fresh` parameters (paths) and would stay so."""
-    out = dict(params)
+def load_parts(
+    config: Config, abstract: Params, params: Params, fresh: Sequence[str], sources: Sequence[Corpus] = ()
+) -> tuple[Params, dict[str, float]]:
+    """(`params` with the weights of train.patcher and train.backbone in their places, what it cost to fit them, for the
+    log). `sources` is the training text. Raises ConfigError where an entropy model is among the `fresh` parameters
+    (paths) and would stay so."""
+    out, cost = dict(params), {}
     if config.train.patcher:
         out["patcher"] = _open(config.train.patcher, "train.patcher")[1](abstract["patcher"])
     elif any(name.startswith("patcher/") for name in fresh):
@@ -129,39 +135,64 @@ def load_parts(config: Config, abstract: Params, params: Params, fresh: Sequence
         blocks = _blocks(config.train.backbone)[1]()
         put = lambda x, a: place(np.asarray(x, np.float32), a.sharding)  # noqa: E731
         out["backbone"] = jax.tree.map(put, blocks.params, abstract["backbone"])
-        out |= _around(config.model, out, blocks)
-    return out
+        out["pool"] = _scaled_pool(config.model, out, blocks.embedding_size)
+        if config.train.word_steps:
+            from bytelm.lm import load_vocabulary  # the byte view is for those who ask for it
+            from bytelm.train.word_reader import teach_words
+
+            vocabulary = load_vocabulary(Path(config.train.backbone))
+            out, error, flops = teach_words(config, out, blocks, vocabulary, sources)
+            cost = {"word_error": error, "word_flops": flops}
+        out["guide"] = _fitted_guide(config.model, out, blocks.norm)
+    return out, cost
 
 
-def _around(model: ModelConfig, params: Params, blocks: Blocks) -> Params:
-    """The word pooling and guides of a fresh HAT, made to fit the blocks between them. Words get the root mean square
-    of the tokens' embeddings: blocks add to what comes in, and those that were trained on embeddings of one size do
-    little to much larger ones. The guides' norms get the scale of the tokenized model's last norm, which takes out the few
-    huge features that its blocks make, and of such a size that guides are about 1."""
+def _sample(model: ModelConfig) -> np.ndarray:
+    """A row of text to measure sizes on, [1, t]."""
     text = (
         b"It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness,"
     )
-    inputs = np.frombuffer(bytes([byte_ids(model).start]) + text, np.uint8).astype(np.int32)[None]
+    return np.frombuffer(bytes([byte_ids(model).start]) + text, np.uint8).astype(np.int32)[None]
+
+
+def _scaled_pool(model: ModelConfig, params: Params, size: float) -> Params:
+    """The word pooling of a fresh HAT, made so large that words have the root mean square `size`: blocks add to what
+    comes in, and those that were trained on embeddings of one size do little to much larger ones."""
+    graph, _ = structure(model)
+
+    def scaled(params, inputs):
+        e, units = nnx.merge(graph, params).words(inputs)
+        ratio = size / _size(e, units, inputs)
+        return {**params["pool"], "out": {"kernel": params["pool"]["out"]["kernel"] * ratio}}
+
+    return jax.jit(scaled, out_shardings=_shardings(params["pool"]))(params, _sample(model))
+
+
+def _fitted_guide(model: ModelConfig, params: Params, norm: np.ndarray) -> Params:
+    """The guides of a fresh HAT, whose norms get the scale of the tokenized model's last one: it takes out the few huge
+    features that blocks make. Of such a size that what is normed is about 1."""
     graph, _ = structure(model)
 
     def fitted(params, inputs):
         network = nnx.merge(graph, params)
         e, units = network.words(inputs)
-        real = (units.first < inputs.shape[1])[..., None]
+        o = network.backbone(e).astype(jnp.float32)
+        scale = norm / _size(o * jax.lax.rsqrt(jnp.mean(o**2, axis=-1, keepdims=True)) * norm, units, inputs)
+        layer = params["guide"]["layer"]
+        scale = jnp.broadcast_to(scale, layer["norm"]["scale"].shape)
+        return {**params["guide"], "layer": {**layer, "norm": {"scale": scale}}}
 
-        def size(x):
-            return jnp.sqrt(jnp.sum(jnp.where(real, x.astype(jnp.float32), 0) ** 2) / (jnp.sum(real) * x.shape[-1]))
+    return jax.jit(fitted, out_shardings=_shardings(params["guide"]))(params, _sample(model))
 
-        ratio = blocks.embedding_size / size(e)
-        o = network.backbone(e * ratio.astype(e.dtype)).astype(jnp.float32)
-        norm = blocks.norm / size(o * jax.lax.rsqrt(jnp.mean(o**2, axis=-1, keepdims=True)) * blocks.norm)
-        pool, guide = params["pool"], params["guide"]
-        layers = guide["layer"]["norm"]["scale"].shape
-        layer = {**guide["layer"], "norm": {"scale": jnp.broadcast_to(norm, layers)}}
-        return {"pool": {**pool, "out": {"kernel": pool["out"]["kernel"] * ratio}}, "guide": {**guide, "layer": layer}}
 
-    shardings = jax.tree.map(lambda x: x.sharding, {name: params[name] for name in ("pool", "guide")})
-    return jax.jit(fitted, out_shardings=shardings)(params, inputs)
+def _size(x: Array, units: Units, inputs: Array) -> Array:
+    """Root mean square of the vectors of real words."""
+    real = (units.first < inputs.shape[1])[..., None]
+    return jnp.sqrt(jnp.sum(jnp.where(real, x.astype(jnp.float32), 0) ** 2) / (jnp.sum(real) * x.shape[-1]))
+
+
+def _shardings(params: Params) -> Params:
+    return jax.tree.map(lambda x: x.sharding, params)
 
 
 def _without(tree: Params, names: list[str]) -> Params:

@@ -97,7 +97,7 @@ def train(config: Config) -> Result:
         stack.callback(checkpoints.close)
         stack.enter_context(jax.set_mesh(mesh))
         setup = plan_state(config, mesh)
-        saved = _resume(config, checkpoints, setup.abstract, progress)
+        saved, fitted = _resume(config, checkpoints, setup.abstract, progress), {}
         if saved:
             state, data_state, meta = saved
         else:
@@ -109,7 +109,9 @@ def train(config: Config) -> Result:
                 )
                 new = f"; new: {', '.join(fresh)}" if fresh else ""
                 progress.note(f"weights from {config.train.init_from}{new}")
-            state["params"] = load_parts(config, setup.abstract["params"], state["params"], fresh)
+            state["params"], fitted = load_parts(config, setup.abstract["params"], state["params"], fresh, sources)
+            if fitted:
+                progress.note("word reader: " + ", ".join(f"{name} {value:.3g}" for name, value in fitted.items()))
         step, best = int(state["step"]), meta.get("best_bpb")
         if meta.get("best_over") != _best_over(config):  # evaluations of other text or size do not compare
             best = None
@@ -130,7 +132,7 @@ def train(config: Config) -> Result:
                    "versions": versions(), "device": speed.device, "devices": mesh.size,
                    "processes": jax.process_count(), "parameters": count_parameters(setup.abstract["params"]),
                    "train_flops_per_byte": TRAIN_FACTOR * forward_cost(config, {}),
-                   "matmul_flops_per_second": speed.measured})  # fmt: skip
+                   "matmul_flops_per_second": speed.measured, **fitted})  # fmt: skip
 
         train_step = make_train_step(config, setup)
         evaluation = make_evaluation(config, mesh, setup, heldout_text)

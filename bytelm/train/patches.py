@@ -60,7 +60,7 @@ def load_patcher(source: str, rule: EntropyConfig) -> tuple[EntropyConfig, Param
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
     abstract = jax.tree.map(place, structure(config.model)[1])
-    return config.model.patcher, load_parts(config, abstract, {}, ())["patcher"]
+    return config.model.patcher, load_parts(config, abstract, {}, ())[0]["patcher"]
 
 
 def stored(corpus: Corpus, rule: EntropyConfig, params: Params, cache_dir: str, note: Callable[[str], None]) -> Path:

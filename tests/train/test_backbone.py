@@ -1,6 +1,7 @@
 """A backbone out of a tokenized model: the same blocks, frozen for some steps, then trained; what does not fit."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,17 +14,22 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import bytelm
-from bytelm.config import ConfigError, MeshConfig
+from bytelm.config import ConfigError, MeshConfig, TrainConfig
+from bytelm.data.sources import open_corpus
+from bytelm.data.words import split_bytes
 from bytelm.interop import token_lm
 from bytelm.interop.backbone import open_blocks
 from bytelm.interop.published import open_tensors, read_record
+from bytelm.lm import load_vocabulary
+from bytelm.metrics import read_metrics
 from bytelm.models.build import init_params
 from bytelm.models.token_lm import token_structure
 from bytelm.nn.stack import Stack
 from bytelm.parallel.mesh import make_mesh
-from bytelm.train.init import load_parts
+from bytelm.train.init import load_parts, with_parts
 from bytelm.train.loop import train
 from bytelm.train.state import plan_state
+from bytelm.train.word_reader import Words, teach_words
 from tiny import flat, hat, run_config
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden/convert"
@@ -73,7 +79,8 @@ def test_frozen_then_trained(tmp_path):
     with jax.set_mesh(make_mesh(MeshConfig())):
         setup = plan_state(dataclasses.replace(config, model=end.config), jax.sharding.get_mesh())
     placed = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), before, setup.abstract["params"])
-    fresh = load_parts(dataclasses.replace(config, model=end.config), setup.abstract["params"], placed, ())
+    fresh, cost = load_parts(dataclasses.replace(config, model=end.config), setup.abstract["params"], placed, ())
+    assert cost == {}
     network = nnx.merge(setup.graph, fresh)
     words, units = network.words(jnp.asarray([[192, *b"A text of words, some longer than others."]], jnp.int32))
     size = np.sqrt((np.asarray(words)[0, : int(units.begins.sum())] ** 2).mean())
@@ -85,6 +92,52 @@ def test_frozen_then_trained(tmp_path):
     o = np.asarray(network.backbone(words), np.float64)[0, : int(units.begins.sum())]
     normed = o / np.sqrt((o**2).mean(-1, keepdims=True)) * guides[0]
     assert np.sqrt((normed**2).mean()) == pytest.approx(1, rel=0.2)  # over another text
+
+
+def reader_config(tmp_path, **sections):
+    (tmp_path / "t.txt").write_text("The license and the terms of the license, naïve or not; " * 30)
+    data = {"train": (str(tmp_path / "t.txt"),), "valid": (str(tmp_path / "t.txt"),), "seq_len": 48}
+    train = {"backbone": str(LLAMA), "word_steps": 60}
+    return with_parts(
+        dataclasses.replace(run_config(tmp_path / "run", data=data, train=train, **sections), model=hat())
+    )
+
+
+def test_words_are_the_mean_of_their_tokens(tmp_path):
+    config, blocks = reader_config(tmp_path), open_blocks(LLAMA)[1]()
+    vocabulary = load_vocabulary(LLAMA)
+    words = Words(config, [open_corpus(config.data.train)], vocabulary, blocks.embeddings)
+    inputs, wanted, known = words.draw()
+    for row in range(len(inputs)):
+        text = bytes(inputs[row, 1:].tolist())
+        starts = split_bytes(text, config.model.rule, config.model.max_word).tolist()
+        assert np.flatnonzero(known[row]).tolist() == [b + 1 if b else 0 for b in starts[:-1]]
+        for a, b in itertools.pairwise(starts):
+            ids = vocabulary.encode(text[a:b].removeprefix(b" "))  # the tokenizer puts the space in front
+            np.testing.assert_allclose(wanted[row, a + 1 if a else 0], blocks.embeddings[ids].mean(0), rtol=1e-6)
+    assert words.embedding(b"\xff\xfe") is None
+
+
+@pytest.mark.slow
+def test_a_taught_word_reader(tmp_path):
+    """It comes near the embeddings, the rest of the parameters stay, and a run does it once, at its start."""
+    config, blocks = reader_config(tmp_path), open_blocks(LLAMA)[1]()
+    params = init_params(config.model, jax.random.key(0))
+    params["backbone"] = blocks.params
+    before = jax.tree.map(np.asarray, params)
+    sources = [open_corpus(config.data.train)]
+    taught, error, flops = teach_words(config, params, blocks, load_vocabulary(LLAMA), sources)
+    assert error < 0.5 and flops > 0
+    moved = {name: max(float(np.abs(np.asarray(a) - b).max()) for a, b in zip(jax.tree.leaves(taught[name]),
+             jax.tree.leaves(before[name]))) for name in before}  # fmt: skip
+    assert {name for name, by in moved.items() if by > 0} == {"embed", "encoder", "pool"}
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2, word_steps=3))
+    train(config)
+    train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3)))
+    starts = [r for r in read_metrics(tmp_path / "run/metrics.jsonl") if r.get("event") == "start"]
+    assert ["word_error" in r for r in starts] == [True, False]
+    with pytest.raises(ConfigError, match="train.word_steps=3: words are taught what train.backbone"):
+        TrainConfig(word_steps=3)
 
 
 def test_what_does_not_fit(tmp_path):
