@@ -11,7 +11,11 @@ bytelm.train(bytelm.load_config("configs/quickstart.yaml"))
 
 from typing import TYPE_CHECKING, Any
 
+from bytelm.xla_flags import set_flags
+
 __version__ = "0.1.0"
+
+set_flags()
 
 if TYPE_CHECKING:
     import bytelm.train as train

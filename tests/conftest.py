@@ -26,6 +26,8 @@ import orbax.checkpoint as ocp  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
+import bytelm  # noqa: E402, F401 (sets XLA's options)
+
 CACHE = Path(os.environ.get("BYTELM_TEST_CACHE", "~/.cache/bytelm/test-xla")).expanduser()
 
 jax.config.update("jax_num_cpu_devices", 8)

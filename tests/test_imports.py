@@ -19,7 +19,7 @@ ANY = {
     "t5_config",
 }  # pure and small: anyone may use them
 ARROWS = {
-    "config": set(), "model_config": set(), "hierarchical_config": set(), "t5_config": set(),
+    "xla_flags": set(), "config": set(), "model_config": set(), "hierarchical_config": set(), "t5_config": set(),
     "boundaries": set(), "vocab": set(), "metrics": set(), "devices": set(),
     "codec": set(), "windows": set(), "patterns": set(),
     "parallel": set(),

@@ -102,22 +102,25 @@ def unit_stacks(model: UnitConfig, t: int, slots: Sequence[int]) -> list[tuple[S
     return [(model.stack(s, part), elements) for s, elements in enumerate((t, *slots)) for part in parts(s)]
 
 
-def reader_flops(c: HATConfig, t: float) -> float:
-    """Forward FLOPs per byte of a HAT's encoder and pooling."""
+def reader_flops(c: HATConfig, t: float, span: float) -> float:
+    """Forward FLOPs per byte of a HAT's encoder and pooling with `span` bytes a word."""
     d, wider = c.encoder.d_model, c.backbone.d_model
     kv = (c.pool_kv_heads or c.pool_heads) / c.pool_heads
-    return stack_flops(c.encoder, t) + 4 * d * wider * kv + 4 * wider + 2 * wider * wider / target_bytes_per_chunk(c)[0]
+    return stack_flops(c.encoder, t) + 4 * d * wider * kv + 4 * wider + 2 * wider * wider / span
+
+
+def writer_flops(c: HATConfig, t: float, span: float) -> float:
+    """Forward FLOPs per byte of a HAT's guides, decoder and head."""
+    d, wider = c.decoder.d_model, c.backbone.d_model
+    guide_kv = (c.guide_kv_heads or c.guide_heads) / c.guide_heads
+    guided = sum(n for _, n in parse_layout(c.decoder.layout)) if c.guide_every_layer else 1
+    per_word = guided * (2 * wider * d * guide_kv + 2 * d * d)
+    return stack_flops(c.decoder, t) + 2 * d * 256 + per_word / span
 
 
 def hat_flops(c: HATConfig, t: float, span: float) -> float:
-    """Forward FLOPs per byte of a HAT with `span` bytes a word."""
-    d, wider = c.encoder.d_model, c.backbone.d_model
-    kv = (c.pool_kv_heads or c.pool_heads) / c.pool_heads
-    guide_kv = (c.guide_kv_heads or c.guide_heads) / c.guide_heads
-    guided = sum(n for _, n in parse_layout(c.decoder.layout)) if c.guide_every_layer else 1
-    per_byte = stack_flops(c.encoder, t) + stack_flops(c.decoder, t) + 4 * d * wider * kv + 4 * wider + 2 * d * 256
-    per_word = 2 * wider * wider + guided * (2 * wider * d * guide_kv + 2 * d * d)
-    return per_byte + (per_word + stack_flops(c.backbone, max(t / span, 1.0))) / span
+    """Forward FLOPs per byte of a HAT."""
+    return reader_flops(c, t, span) + writer_flops(c, t, span) + stack_flops(c.backbone, max(t / span, 1.0)) / span
 
 
 def spacebyte_flops(c: SpaceByteConfig, t: float, span: float) -> float:

@@ -25,6 +25,7 @@ from bytelm.parallel.mesh import shard
 from bytelm.parallel.rules import path_string
 from bytelm.train.capacity import Capacity, track_need
 from bytelm.train.losses import token_nll
+from bytelm.train.optim import held_steps
 from bytelm.train.state import Setup, State
 
 SUMS = ("nll", "scored")  # metrics that microbatches add up to; the others are averaged
@@ -71,8 +72,11 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
     accum, end = config.train.grad_accum, byte_ids(config.model).end
 
     reads, marked = isinstance(config.model, T5Config), is_marked(config.model, config.data)
+    held = held_steps(config.optim, setup.abstract["params"])
 
     def micro_loss(params, batch, total, control, capacity):
+        # What the whole run leaves as it is needs no gradient, nor does what is in front of it alone.
+        params = jax.tree.map(lambda p, n: jax.lax.stop_gradient(p) if n >= config.train.steps else p, params, held)
         network: Network = nnx.merge(setup.graph, cast_matrices(params, config.model.dtype))
         more = dict(source=batch["source"], control=control) if reads else dict(marks=batch["marks"]) if marked else {}
         out = network(batch["inputs"], batch["segments"], capacity or None, **more)

@@ -18,7 +18,7 @@ from bytelm.data.corpus import Corpus
 from bytelm.data.words import split_bytes
 from bytelm.interop.backbone import Blocks
 from bytelm.models.build import Params, byte_ids, structure
-from bytelm.models.flops import TRAIN_FACTOR, reader_flops
+from bytelm.models.flops import TRAIN_FACTOR, reader_flops, target_bytes_per_chunk
 
 ROWS, LEARNING_RATE = 8, 3e-3
 READER = ("embed", "encoder", "pool")  # the parameters that are taught
@@ -100,5 +100,6 @@ def teach_words(
     for _ in range(steps):
         reader, state, error = step(reader, state, rest, *words.draw())
         errors.append(error)
-    spent = TRAIN_FACTOR * reader_flops(model, config.data.seq_len) * steps * ROWS * config.data.seq_len
+    t = config.data.seq_len
+    spent = TRAIN_FACTOR * reader_flops(model, t, target_bytes_per_chunk(model)[0]) * steps * ROWS * t
     return {**params, **reader}, float(np.mean(jax.device_get(errors[-20:]))), spent

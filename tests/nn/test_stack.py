@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -175,3 +178,24 @@ def test_bfloat16_is_near_float32():
     got = np.asarray(network(flat(HYBRID, dtype="bfloat16"))[0](ids).logits)
     assert got.dtype == np.float32
     assert np.sqrt(np.mean((got - want) ** 2)) < 0.05 * want.std()
+
+
+SHORT_ROWS = """
+import bytelm, jax, numpy as np
+from flax import nnx
+from bytelm.config import SSMConfig, StackConfig
+from bytelm.nn.stack import Stack
+config = StackConfig(layout="m3", d_model=160, ssm=SSMConfig(d_state=64, head_dim=64))
+graph, state = nnx.split(Stack(config, std=0.0, dtype="float32", rngs=nnx.Rngs(0)), nnx.Param)
+run = jax.jit(lambda state, u: nnx.merge(graph, state)(u))
+u = jax.random.normal(jax.random.key(0), (128, 32, 160))
+np.testing.assert_allclose(run(state, u)[:1], run(state, u[:1]), atol=2e-5)
+"""
+
+
+def test_many_short_rows_equal_single_ones():
+    """As users run it, without the tests' compiler options: XLA's newer CPU library is wrong by 3 here
+    (bytelm/xla_flags.py)."""
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", SHORT_ROWS], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

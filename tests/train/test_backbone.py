@@ -140,6 +140,23 @@ def test_a_taught_word_reader(tmp_path):
         TrainConfig(word_steps=3)
 
 
+@pytest.mark.slow
+def test_what_a_whole_run_leaves_as_it_is_costs_no_gradient(tmp_path):
+    """The same losses as where it is only held for as long, and the parameters are those that it began with."""
+    losses = []
+    for steps in (3, 6):
+        optim = {"freeze": (("^(embed|encoder|pool|backbone)/", 3),), "schedule": "constant"}
+        config = run_config(tmp_path / f"{steps}", steps=steps, checkpoint={"every": 3, "keep": 3}, optim=optim)
+        train(dataclasses.replace(config, model=hat()))
+        records = read_metrics(tmp_path / f"{steps}/metrics.jsonl")
+        losses.append([r["loss"] for r in records if "loss" in r and r["step"] <= 3])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+    first, later = (bytelm.load(tmp_path / "6", checkpoint=c).params for c in ("3", "6"))
+    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), first, later)
+    assert not any(jax.tree.leaves(same["encoder"]))
+    jax.tree.map(np.testing.assert_array_equal, first["backbone"], bytelm.load(tmp_path / "3").params["backbone"])
+
+
 def test_what_does_not_fit(tmp_path):
     def attempt(model, source, **sections):
         config = run_config(tmp_path / "run", train={"backbone": str(source)}, **sections)
