@@ -239,7 +239,6 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
     from bytelm.data.pipeline import load_text
     from bytelm.data.sources import open_corpus
     from bytelm.evals import suites
-    from bytelm.evals.bpb import first_bytes
     from bytelm.evals.report import write_report
     from bytelm.evals.results import Results
     from bytelm.evals.runner import facts, headline, run_units
@@ -252,22 +251,36 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
     for path in (*options.model, *(path for path in given if path is not None), *options.morphemes):
         if not path.exists():
             raise ConfigError(f"{path}: no such file or directory")
-    if options.text:
-        text, name = open_corpus(options.text, text_field=options.text_field, where="--text"), ", ".join(options.text)
-    else:
-        text, name = _held_out(options.model[0])
+    if options.semantics not in (None, "masked"):
+        raise ConfigError(f"--semantics {options.semantics}: its scores are no code lengths; suites are of masked")
+    several = {"--deletion": options.deletion, "--config": options.config, "--semantics": options.semantics}
+    if len(options.model) > 1 and any(several.values()):
+        one = next(option for option, value in several.items() if value)
+        raise ConfigError(f"{one} is for one kind of model: evaluate that model alone, into the same --out")
+    name = ", ".join(options.text) or f"held out by {options.model[0]}"
+
+    def text() -> Any:
+        if options.text:
+            return open_corpus(options.text, text_field=options.text_field, where="--text")
+        return _held_out(options.model[0])[0]
+
     material = suites.Material(
         text=text, cute=options.cute, hellaswag=options.hellaswag, misspellings=options.misspellings,
         words=options.words, parallel=options.parallel, tokenizer=options.tokenizer, morphemes=options.morphemes,
         seed=options.seed,
         sizes=suites.Sizes.full() if options.full else suites.Sizes(),
     )  # fmt: skip
-    names = names or [s for s in suites.SUITES if s not in suites.NEEDS or getattr(options, suites.NEEDS[s])]
-    units, results, console = suites.units(names, material, options.written), Results(out), Console(highlight=False)
+    console = Console(highlight=False, stderr=options.json)
+    left_out = lambda why: console.print(f"left out: {why}", markup=False)  # noqa: E731
+    wanted = names or [s for s in suites.SUITES if s not in suites.NEEDS or getattr(options, suites.NEEDS[s])]
+    units = suites.units(wanted, material, options.written, None if names else left_out)
+    results = Results(out)
     lines: dict[str, float] = {}
     if options.compare:
         sources = load_text(_run_data(options.model[0]))[0]
-        lines = {c.name: c.bpb for c in _compressed(sources, b"".join(first_bytes(text, material.sizes.bpb_bytes)))}
+        lines = {
+            c.name: c.bpb for c in _compressed(sources, b"".join(material.documents("bpb", material.sizes.bpb_bytes)))
+        }
 
     how = {
         "checkpoint": options.checkpoint, "reserved": options.reserved, "config": options.config,
@@ -275,17 +288,16 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
     }  # fmt: skip
     found = run_units(options.model, lambda path: bytelm.load(path, **how), how, units, results, console)
     summary = Summary(found, lines)
-    about = facts(options.model, name, names, material)
+    about = facts(options.model, name, wanted, material)
     report = write_report(summary, out, "Evaluation of byte language models", about)
-    left = [s for s in suites.NEEDS if s not in names]
     if options.json:
-        table = summary.headline()
-        print(json.dumps([dict(zip(table.columns, row)) for row in table.rows]))
+        print(json.dumps(summary.record()))
         return EXIT_OK
     console.print(headline(summary))
-    if left and not options.suite:
-        console.print(f"left out, for want of their files: {', '.join(f'{s} (--{suites.NEEDS[s]})' for s in left)}")
-    console.print(f"{report}   {results.path}")
+    left = [f"{s} (--{field})" for s, field in suites.NEEDS.items() if s not in wanted]
+    if left and not names:
+        console.print(f"left out, for want of their files: {', '.join(left)}", markup=False)
+    console.print(f"{report}   {results.path}", markup=False)
     return EXIT_OK
 
 

@@ -16,10 +16,11 @@ import numpy as np
 from bytelm.config import ConfigError
 from bytelm.following import Follower
 from bytelm.protocol import ByteLM, ImpossibleText
-from bytelm.windows import DEFAULT_WINDOW, scoring_windows
+from bytelm.windows import DEFAULT_WINDOW
 
 FORMAT = 0xB1
 BITS = 48  # of the coder's bounds
+FAR = 1 << 16  # zero bits implied behind a code's end; a longer row of likeliest bytes than any text ends with
 TOTAL = 1 << 32  # into which a byte's probabilities are rounded
 _TOP, _HALF, _QUARTER = (1 << BITS) - 1, 1 << (BITS - 1), 1 << (BITS - 2)
 
@@ -69,9 +70,19 @@ class Decoder:
 
     def __init__(self, code: bytes):
         self._bits = iter(np.unpackbits(np.frombuffer(code, np.uint8)).tolist())
-        self._low, self._high, self._value = 0, _TOP, 0
+        self._low, self._high, self._value, self._past = 0, _TOP, 0, 0
         for _ in range(BITS):
-            self._value = self._value << 1 | next(self._bits, 0)
+            self._value = self._value << 1 | self._bit()
+
+    @property
+    def past(self) -> int:
+        """Bits read beyond the end of the code."""
+        return self._past
+
+    def _bit(self) -> int:
+        bit = next(self._bits, None)
+        self._past += bit is None
+        return bit or 0
 
     def place(self, total: int) -> int:
         """Where of `total` the next symbol's stretch lies."""
@@ -92,7 +103,7 @@ class Decoder:
             else:
                 return
             self._low, self._high = self._low - shift << 1, self._high - shift << 1 | 1
-            self._value = self._value - shift << 1 | next(self._bits, 0)
+            self._value = self._value - shift << 1 | self._bit()
 
 
 class _Law:
@@ -103,15 +114,17 @@ class _Law:
         self._lm, self._length, self._known = lm, length, known
         window = min(lm.window, DEFAULT_WINDOW)
         self._window = max(window - 3, 1) if hasattr(lm, "vocabulary") else window  # room to begin at a character
-        self._begins = {scored: first for first, _, scored in scoring_windows(0, length, self._window)}
+        self._next = 0  # where the window after this one begins to be scored
         self._dead = 0  # bytes that the model does not look back to
         self._follower: Follower | None = None
         self._logs = np.zeros(0)
 
     def stretches(self, at: int) -> np.ndarray:
         """Ends of the stretches for byte `at`, [257], from 0 on."""
-        if at in self._begins:
-            text, first = self._known(), self._begins[at]
+        if at == self._next:
+            self._next = at + self._window
+            # As scoring_windows does without a context: disjoint, the last one slid back to be full.
+            text, first = self._known(), max(min(at, self._length - self._window), 0)
             try:
                 if self._dead > first:
                     text, first = text[self._dead :], 0
@@ -130,7 +143,7 @@ class _Law:
         assert self._follower is not None
         if not np.isfinite(self._logs[byte]):
             self._anew(at + 1)
-        elif at + 1 < self._length and at + 1 not in self._begins:
+        elif at + 1 < min(self._length, self._next):
             self._follower.push([byte])
             self._logs = self._follower.logprobs()[0]
 
@@ -184,6 +197,8 @@ def decompress(lm: ByteLM, code: bytes) -> bytes:
         if not 0 <= byte < 256:
             raise CodeError("the compressed text is damaged")
         decoder.read(int(ends[byte]), int(ends[byte + 1]), total)
+        if decoder.past > FAR:
+            raise CodeError("the compressed text is cut off, or its length is damaged")
         text.append(byte)
         law.take(n, byte)
     if zlib.crc32(text).to_bytes(4, "little") != check:

@@ -11,6 +11,7 @@ from bytelm.byteview.cover import Node, log_sum
 from bytelm.byteview.readings import State
 from bytelm.config import ConfigError
 from bytelm.protocol import ByteLM, Score, Text, in_context, no_inputs
+from bytelm.windows import scoring_windows
 
 
 class PlainTokens(ByteLM):
@@ -32,8 +33,8 @@ class PlainTokens(ByteLM):
         *,
         inputs: Sequence[Text] | None = None,
     ) -> list[Score]:
-        """Only totals: `per_byte` has all of it at the text's last byte. A context that leaves no room in the model's
-        positions loses its beginning. Neighbouring texts with one context share its pass."""
+        """Only totals: `per_byte` has all of it at the text's last byte. What does not fit the model's positions is
+        scored in windows, as `score` does. Neighbouring texts with one context share its pass."""
         no_inputs(inputs)
         if window is not None:
             raise ConfigError(f"window={window}: plain tokens are read in windows of the model's positions")
@@ -55,13 +56,17 @@ class PlainTokens(ByteLM):
         """ln p of each text after a context that is not empty."""
         body = context.rstrip() or context
         start = len(self.lm.trunk) + len(self.lm.token_ids(body))
-        rows, firsts = [], []
-        for text in texts:
+        rows, firsts, owners = [], [], []
+        for n, text in enumerate(texts):
             row = [*self.lm.trunk, *self.lm.token_ids(context + text)]
-            cut = max(len(row) - 1 - self.lm.model.config.context, 0)
-            rows.append(row[cut:])
-            firsts.append(max(start - cut, 1))
-        return self._read(rows, firsts)
+            for first, end, scored in scoring_windows(start - 1, len(row) - 1, self.lm.model.config.context):
+                rows.append(row[first : end + 1])
+                firsts.append(scored - first + 1)
+                owners.append(n)
+        totals = [0.0] * len(texts)
+        for owner, total in zip(owners, self._read(rows, firsts)):
+            totals[owner] += total
+        return totals
 
     def _read(self, rows: list[list[int]], firsts: list[int]) -> list[float]:
         """ln p of each row's tokens from place `first` on; what rows begin with alike is read once."""

@@ -196,7 +196,11 @@ def misspeller(path: Path, rate: float = 1.0) -> Noise:
 def read_misspellings(path: Path) -> dict[str, list[str]]:
     """Misspellings of each word, in lower case and in the order of the file (see `misspeller`)."""
     found: dict[str, list[str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: is no UTF-8 text ({e.reason} at byte {e.start})") from None
+    for line in text.splitlines():
         typo, arrow, words = line.partition("->") if "->" in line else line.partition("\t")
         typo, word = typo.strip().lower(), words.split(",")[0].strip().lower()
         if arrow and LETTERS.fullmatch(typo) and LETTERS.fullmatch(word) and typo != word:

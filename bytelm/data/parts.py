@@ -20,8 +20,8 @@ import numpy as np
 from bytelm.data.jobs import JobDied, run_jobs
 from bytelm.data.noise import Draws, noised
 from bytelm.data.readers import DataError, RecordError
+from bytelm.data.sources import held_rank
 from bytelm.data.units import NOISE, PrepareOptions, Source, Unit, read_span, records_before
-from bytelm.vocab import complete_prefix
 
 RESERVED = (0xFE, 0xFF)  # bytes that H-Net keeps for its own symbols; valid UTF-8 has neither
 
@@ -124,24 +124,15 @@ def _changed(source: Source) -> bool:
     return (stat.st_size, stat.st_mtime_ns) != (source.size, source.changed)
 
 
-def _noised(text: Iterable[bytes], options: PrepareOptions) -> Iterator[bytes]:
-    """The chunks of a document under one of the rules of noise, or as they are. What is drawn depends on how the
-    document begins, and the seed."""
-    document = rule = ""
-    rest, text = b"", iter(text)
-    for n, chunk in enumerate(text):
-        if not n:
-            document = hashlib.blake2b(chunk, digest_size=16).hexdigest()
-            draws = Draws(options.seed, document)
-            if draws.uniform(1)[0] >= options.noise_share:
-                yield chunk
-                yield from text
-                return
-            rule = options.noise[draws.below(len(options.noise))]
-        whole = complete_prefix(rest + chunk)
-        piece, rest = (rest + chunk)[:whole], (rest + chunk)[whole:]
-        yield noised(piece, rule, seed=options.seed, document=document, field=str(n))
-    yield rest
+def _noised(text: bytes, digest: bytes, options: PrepareOptions) -> bytes:
+    """A document under one of the rules of noise, or as it is: what is held out stays clean. What is drawn depends on
+    the document and the seed."""
+    draws = Draws(options.seed, digest.hex())
+    held = held_rank(np.frombuffer(digest, np.uint8)[None])[0] < options.valid_fraction
+    if held or draws.uniform(1)[0] >= options.noise_share:
+        return text
+    rule = options.noise[draws.below(len(options.noise))]
+    return noised(text, rule, seed=options.seed, document=digest.hex())
 
 
 class _DocumentWriter:
@@ -163,7 +154,7 @@ class _DocumentWriter:
         try:
             if isinstance(text, RecordError):
                 raise text
-            for chunk in _noised(text, self.job.options) if self.job.options.noise else text:
+            for chunk in text:
                 self._check(chunk, self._docs.tell() - begin)
                 digest.update(chunk)
                 self._docs.write(chunk)
@@ -173,6 +164,8 @@ class _DocumentWriter:
             self.refuse(source, index, str(e))
             return
         length = self._docs.tell() - begin
+        if length and self.job.options.noise:
+            length = self._noise(begin, digest.digest())
         counts = self._by_source[source]
         if not length:
             counts["empty"] += 1
@@ -181,6 +174,17 @@ class _DocumentWriter:
         counts["bytes"] += length
         self._lengths.append(length)
         self._hashes.append(digest.digest())
+
+    def _noise(self, begin: int, digest: bytes) -> int:
+        """Writes the last document anew, noised: its length. The whole document is in memory for it."""
+        self._docs.flush()
+        with open(part_path(self.job, ".docs"), "rb") as file:
+            file.seek(begin)
+            text = _noised(file.read(), digest, self.job.options)
+        self._docs.seek(begin)
+        self._docs.truncate()
+        self._docs.write(text)
+        return len(text)
 
     def _check(self, chunk: bytes, offset: int) -> None:
         if self.job.options.reserved == "error":

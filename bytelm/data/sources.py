@@ -197,9 +197,14 @@ def content_hash(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
+def held_rank(hashes: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """A number in [0, 1) of each document, given their hashes [n, 16]: those below the fraction are held out."""
+    return hashes[:, :8].copy().view(">u8")[:, 0] / 2.0**64
+
+
 def held_out(hashes: NDArray[np.uint8], fraction: float) -> NDArray[np.bool_]:
     """Which documents, given their hashes [n, 16], are validation text: a share of `fraction`, at least one."""
-    rank = hashes[:, :8].copy().view(">u8")[:, 0] / 2.0**64
+    rank = held_rank(hashes)
     held = rank < fraction
     if fraction > 0 and not held.any():  # few documents: the luck of the draw must not leave nothing held out
         held = rank == rank.min()

@@ -71,7 +71,8 @@ class PrepareOptions:
     shard_bytes: int = 256 << 20  # text in a shard
     piece_bytes: int = 64 << 10  # a longer document is stored as several records
     compression: Literal["zstd", "snappy", "none"] = "zstd"  # of the records
-    noise: tuple[str, ...] = ()  # rules (drop, repeat, ...): each document is noised by one of them, drawn evenly
+    noise: tuple[str, ...] = ()  # rules (drop, repeat, ...): each document is noised by one of them, drawn evenly;
+    # what a hash holds out stays clean (where there are few documents, and their ends are held out, these do not)
     noise_share: float = 1.0  # share of the documents that are noised
     seed: int = 0  # of the noise
     license: tuple[str, ...] = ()  # for the manifest: one for all inputs, or one for each

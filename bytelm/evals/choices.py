@@ -22,6 +22,7 @@ class Question:
     endings: tuple[bytes, ...]
     answer: int
     stems: tuple[str, ...] = ()
+    neutral: bytes | None = None  # the context without what is asked
 
 
 @dataclass(frozen=True)
@@ -32,40 +33,49 @@ class Choices:
     bytes: NDArray[np.float64]  # [n, endings] UTF-8 bytes of its stem, or of it
     characters: NDArray[np.float64]  # [n, endings] code points of the same
     answer: NDArray[np.int64]  # [n]
+    neutral: NDArray[np.float64]  # [n, endings] ln p of each ending after the neutral context; 0 where there is none
 
     def right(self, by: str = "sum") -> NDArray[np.bool_]:
-        """Which questions are right by the sum of log-probabilities, or that over `bytes` or `characters`. Of equals
-        the first is picked; a question whose endings are all impossible is wrong."""
+        """Which questions are right by the sum of log-probabilities, that over `bytes` or `characters`, or by `gain`:
+        how much more probable the question makes an ending, which takes out what endings are of themselves (long,
+        frequent, misspelt). Of equals the first is picked; a question whose endings are all impossible is wrong."""
         with np.errstate(invalid="ignore"):
-            scores = self.nats / {"sum": 1.0, "bytes": self.bytes, "characters": self.characters}[by]
+            if by == "gain":
+                scores = np.where(np.isfinite(self.nats), self.nats - self.neutral, -np.inf)
+            else:
+                scores = self.nats / {"sum": 1.0, "bytes": self.bytes, "characters": self.characters}[by]
         return (scores.argmax(axis=1) == self.answer) & np.isfinite(scores.max(axis=1))
 
 
 def ask(lm: ByteLM, questions: Sequence[Question]) -> Choices:
-    """Scores every ending of every question after its context."""
+    """Scores every ending of every question after its context, and after its neutral one. Raises FloatingPointError
+    where the model's scores are not numbers."""
     n, width = len(questions), max(len(q.endings) for q in questions)
-    nats = np.full((n, width), -np.inf)
+    nats, neutral = np.full((n, width), -np.inf), np.zeros((n, width))
     sizes = np.ones((2, n, width))
-    flat = [(i, j, q.context, ending) for i, q in enumerate(questions) for j, ending in enumerate(q.endings)]
+    flat = [(nats, i, j, q.context, e) for i, q in enumerate(questions) for j, e in enumerate(q.endings)]
+    flat += [(neutral, i, j, q.neutral, e) for i, q in enumerate(questions) if q.neutral is not None
+             for j, e in enumerate(q.endings)]  # fmt: skip
     for begin in range(0, len(flat), GROUP):
         part = flat[begin : begin + GROUP]
         scores = lm.score_batch([ending for *_, ending in part], [context for *_, context, _ in part])
-        for (i, j, *_), score in zip(part, scores):
-            nats[i, j] = score.total
+        for (table, i, j, *_), score in zip(part, scores):
+            table[i, j] = score.total
+    if np.isnan(nats).any() or np.isnan(neutral).any():
+        raise FloatingPointError("the model's scores are not numbers (nan)")
     for i, q in enumerate(questions):
         for j, ending in enumerate(q.stems or q.endings):
             stem = ending if isinstance(ending, str) else ending.decode("utf-8", "surrogateescape")
             sizes[:, i, j] = max(len(stem.encode("utf-8", "surrogateescape")), 1), max(len(stem), 1)
-    return Choices(nats, sizes[0], sizes[1], np.array([q.answer for q in questions], np.int64))
+    return Choices(nats, sizes[0], sizes[1], np.array([q.answer for q in questions], np.int64), neutral)
 
 
-def interval(values: NDArray, seed: int = 0, draws: int = 1000, level: float = 0.95) -> tuple[float, float]:
-    """A bootstrap interval of the mean of some values [n]."""
-    rng = np.random.default_rng(seed)
-    means = np.asarray(values, np.float64)[rng.integers(0, len(values), (draws, len(values)))].mean(axis=1)
-    tail = 100 * (1 - level) / 2
-    low, high = np.percentile(means, (tail, 100 - tail))
-    return float(low), float(high)
+def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share: right out of total."""
+    p, more = right / total, z * z / total
+    middle = (p + more / 2) / (1 + more)
+    half = z * np.sqrt(p * (1 - p) / total + more / (4 * total)) / (1 + more)
+    return float(max(middle - half, 0)), float(min(middle + half, 1))
 
 
 def corruptions(units: Sequence[str], draws: Draws, count: int, alphabet: Sequence[str]) -> list[tuple[str, ...]]:

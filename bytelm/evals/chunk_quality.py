@@ -8,6 +8,7 @@ the units' types, alpha 2.5: a diagnostic only, with known counterexamples (Cogn
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,24 +70,43 @@ def word_gaps(text: bytes) -> list[tuple[int, int]]:
     return sorted(set(gaps))
 
 
-def agreement(starts: Starts, gaps: Sequence[tuple[int, int]], size: int) -> dict[str, float]:
-    """How far unit boundaries are boundaries of another kind, in a text of `size` bytes: precision (share of the
-    boundaries that fall in a gap), recall (share of the gaps with a boundary), F1, and `lift`, F1 over that of as many
-    boundaries put at random (in expectation)."""
-    inside = np.zeros(size + 1, bool)
-    widths = np.array([last - first + 1 for first, last in gaps], np.float64)
-    for first, last in gaps:
-        inside[first : last + 1] = True
-    at = np.zeros(size + 1, np.int64)
-    at[starts] = 1
-    sums = np.concatenate([[0], np.cumsum(at)])
-    hit = np.array([sums[last + 1] > sums[first] for first, last in gaps])
-    density = len(starts) / max(size - 1, 1)
-    precision = float(inside[starts].mean()) if len(starts) else 0.0
-    recall = float(hit.mean()) if len(gaps) else math.nan
-    by_chance = _f1(float(inside[1:size].mean()), float((1 - (1 - density) ** widths).mean())) if len(gaps) else 0.0
-    f1 = _f1(precision, recall)
-    return {"precision": precision, "recall": recall, "f1": f1, "lift": f1 / by_chance if by_chance else math.nan}
+@dataclass
+class Agreement:
+    """How far unit boundaries are boundaries of another kind, added up over texts."""
+
+    boundaries: int = 0
+    inside: int = 0  # boundaries that fall in a gap
+    gaps: int = 0
+    hit: int = 0  # gaps with a boundary
+    places: int = 0  # where a boundary could be
+    open: int = 0  # places in gaps
+    expected: float = 0.0  # gaps that as many boundaries at random places would hit
+
+    def add(self, starts: Starts, gaps: Sequence[tuple[int, int]], size: int) -> "Agreement":
+        """A text of `size` bytes, its unit boundaries, and the gaps (first, last place) in which others fall."""
+        at, free = np.zeros(size + 1, np.int64), np.zeros(size + 1, bool)
+        at[starts] = 1
+        sums = np.concatenate([[0], np.cumsum(at)])
+        for first, last in gaps:
+            free[first : last + 1] = True
+        density = len(starts) / max(size - 1, 1)
+        self.boundaries += len(starts)
+        self.gaps += len(gaps)
+        self.places += size - 1
+        self.inside += int(free[starts].sum())
+        self.hit += sum(int(sums[last + 1] > sums[first]) for first, last in gaps)
+        self.open += int(free[1:size].sum())
+        self.expected += sum(1 - (1 - density) ** (last - first + 1) for first, last in gaps)
+        return self
+
+    def figures(self) -> dict[str, float]:
+        """Precision (share of the boundaries that fall in a gap), recall (of the gaps with a boundary), F1, and `lift`,
+        F1 over that of as many boundaries at random places of the same texts (in expectation)."""
+        precision, recall = self.inside / max(self.boundaries, 1), self.hit / max(self.gaps, 1)
+        by_chance = _f1(self.open / max(self.places, 1), self.expected / max(self.gaps, 1)) if self.boundaries else 0.0
+        f1 = _f1(precision, recall)
+        return {"precision": precision, "recall": recall if self.gaps else math.nan, "f1": f1,
+                "lift": f1 / by_chance if by_chance else math.nan}  # fmt: skip
 
 
 def _f1(precision: float, recall: float) -> float:
@@ -132,7 +152,7 @@ def chunk_unit(entrant: Entrant, documents: Iterable[bytes], seed: int) -> tuple
 def level_figures(texts: Sequence[bytes], starts: Sequence[Starts]) -> tuple[dict[str, float], NDArray[np.int64]]:
     """Figures of one level over some texts, and the length of every unit."""
     lengths, types = [], Counter[bytes]()
-    words = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "lift": 0.0}
+    words = Agreement()
     inside = at_space = total = 0
     for text, at in zip(texts, starts):
         bounds = np.concatenate([[0], at, [len(text)]])
@@ -143,17 +163,14 @@ def level_figures(texts: Sequence[bytes], starts: Sequence[Starts]) -> tuple[dic
         inside += int(((data[at] & 0xC0) == 0x80).sum())
         at_space += int((space[at] | space[at - 1]).sum())
         total += len(at)
-        scores = agreement(at, word_gaps(text), len(text))
-        for name in words:
-            words[name] += scores[name] * len(text)
+        words.add(at, word_gaps(text), len(text))
     every = np.concatenate(lengths)
-    size = sum(map(len, texts))
     p5, p50, p95 = np.percentile(every, (5, 50, 95), method="lower")
     return {
         "bytes_per_unit": float(every.mean()), "variation": float(every.std() / every.mean()), "p5": float(p5),
         "p50": float(p50), "p95": float(p95), "longest": float(every.max()), "single": float((every == 1).mean()),
         "inside_character": inside / max(total, 1), "at_space": at_space / max(total, 1),
-        "renyi": renyi_efficiency(list(types.values())), **{f"word_{k}": v / size for k, v in words.items()},
+        "renyi": renyi_efficiency(list(types.values())), **{f"word_{k}": v for k, v in words.figures().items()},
     }, every  # fmt: skip
 
 
@@ -166,21 +183,13 @@ def read_parallel(folder: Path, most: int) -> dict[str, list[bytes]]:
     return {language: lines[: most or None] for language, lines in texts.items()}
 
 
-def language_unit(entrant: Entrant, sentences: Sequence[bytes], english: Sequence[bytes]) -> tuple[dict, dict]:
-    """What a language costs beside English, over the same sentences: bytes, units of the innermost level, and bits
-    where the model's scores are bits."""
-    metrics = {"premium_bytes": sum(map(len, sentences)) / sum(map(len, english))}
-
-    def units(texts: Sequence[bytes]) -> int:
-        return sum(len(unit_starts(entrant.lm, text)[-1]) + 1 for text in texts)
-
+def language_unit(entrant: Entrant, sentences: Sequence[bytes]) -> tuple[dict[str, float], dict[str, Any]]:
+    """What sentences take: bytes, units of the innermost level, and nats where the model's scores are bits."""
+    metrics = {"bytes": float(sum(map(len, sentences)))}
     if has_chunks(entrant):
-        metrics["units"] = float(units(sentences))
-        metrics["premium_units"] = metrics["units"] / units(english)
+        metrics["units"] = float(sum(len(unit_starts(entrant.lm, text)[-1]) + 1 for text in sentences))
     if entrant.bits:
-        nats = [-sum(s.total for s in entrant.lm.score_batch(texts)) for texts in (sentences, english)]
-        metrics["information_parity"] = nats[0] / nats[1]
-        metrics["bpb"] = nats[0] / math.log(2) / sum(map(len, sentences))
+        metrics["nats"] = -sum(s.total for s in entrant.lm.score_batch(sentences))
     return metrics, {}
 
 

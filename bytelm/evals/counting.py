@@ -22,7 +22,7 @@ CHANCE = 1 / 4
 
 def count_questions(spelling: str, count: int, seed: int = 0) -> list[Question]:
     """How often a letter is in a random string of two letters; the strings and letters are the same under every
-    spelling. The wrong answers are the numbers next to the right one."""
+    spelling. The choices are four numbers in a row."""
     cases = []
     for n in range(count + 2):
         low, high = LENGTHS[n % len(LENGTHS)]
@@ -30,8 +30,9 @@ def count_questions(spelling: str, count: int, seed: int = 0) -> list[Question]:
         a, b = draws.shuffled(list(ALPHABET))[:2]
         string = "".join((a, b)[draws.below(2)] for _ in range(low + draws.below(high - low)))
         right = string.count(a)
-        wrong = [str(k) for k in (right - 1, right + 1, right - 2, right + 2, right + 3) if k >= 0][:3]
-        cases.append(Case(f'How many "{a}" are in {SPELLINGS[spelling](string)}?', str(right), tuple(wrong)))
+        lowest = max(right - draws.below(4), 0)  # of four numbers in a row, any may be the right one
+        wrong = tuple(str(k) for k in range(lowest, lowest + 4) if k != right)
+        cases.append(Case(f'How many "{a}" are in {SPELLINGS[spelling](string)}?', str(right), wrong))
     return ask_in_words("", cases[:2], cases[2:])
 
 
@@ -72,5 +73,6 @@ def sum_questions(
         answers = [spelt(value, form) for value in wrong]
         answers.insert(n % 4, spelt(total, form))
         endings = tuple(f" {answer}\n".encode() for answer in answers)
-        questions.append(Question(context.encode(), endings, n % 4, tuple(answers)))
+        neutral = context[: -len(asked)] + "="
+        questions.append(Question(context.encode(), endings, n % 4, tuple(answers), neutral.encode()))
     return questions

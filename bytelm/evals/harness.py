@@ -52,8 +52,9 @@ class HarnessLM(LM):
     def _greedy(self, flags: Any, context: str, text: str) -> bool:
         if flags is not None:
             return bool(flags.all())
-        wanted = text.encode()
-        return self.lm.generate(context, len(wanted), temperature=0) == wanted
+        wanted, before = text.encode(), context.encode()
+        before = before[max(len(before) + len(wanted) - self.lm.window, 0) :]
+        return self.lm.generate(before, len(wanted), temperature=0) == wanted
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         return [score.total for score in self.lm.score_batch([request.args[0] for request in requests])]
@@ -73,7 +74,9 @@ class HarnessLM(LM):
             for begin in range(0, len(members), 64):
                 part = members[begin : begin + 64]
                 prompts = [requests[n].args[0].encode() for n in part]
-                prompts = [p[max(len(p) + most - self.lm.window, 0) :] for p in prompts]
+                if isinstance(self.lm, TokenizedLM):  # others go on from what they see of a long prompt
+                    room = max(self.lm.window - most, self.lm.window // 2)
+                    most, prompts = min(most, self.lm.window - room), [p[max(len(p) - room, 0) :] for p in prompts]
                 written = self.lm.generate_batch(prompts, most, temperature=temperature, top_p=top_p,
                                                  stop=[s for s in stop if s])  # fmt: skip
                 for n, text in zip(part, written):

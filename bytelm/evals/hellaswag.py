@@ -51,8 +51,10 @@ def item_of(record: Mapping, line: int) -> Item:
 def read_hellaswag(path: Path) -> list[Item]:
     """Items of a JSONL file in the published format. Raises ConfigError naming the line that is not."""
     items = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         for n, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
                 items.append(item_of(json.loads(line), n))
             except (ValueError, KeyError, TypeError, AttributeError) as e:

@@ -65,7 +65,8 @@ def language_questions(words: Sequence[str], kind: str = "", seed: int = 0) -> I
         place = draws.below(4)
         options[0], options[place] = options[place], options[0]
         context = f"{_OPENINGS[draws.below(len(_OPENINGS))]} {asked}? The options are: {', '.join(options)}. Answer:"
-        yield Question(context.encode(), tuple(f" {o}".encode() for o in options), place, tuple(options))
+        yield Question(context.encode(), tuple(f" {o}".encode() for o in options), place, tuple(options),
+                       b"The options are of words. Answer:")  # fmt: skip
 
 
 def sums(seed: int = 0, digits: int = 3) -> Iterator[tuple[str, str]]:

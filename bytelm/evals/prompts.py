@@ -29,5 +29,7 @@ def ask_in_words(instruction: str, shots: Sequence[Case], cases: Sequence[Case])
         place = n % (len(answers) + 1)
         answers.insert(place, case.answer)
         context = f'{opening}Question: {case.asked}\nAnswer: "'
-        questions.append(Question(context.encode(), tuple(f'{a}"'.encode() for a in answers), place, tuple(answers)))
+        neutral = f'{opening}Question: ?\nAnswer: "'
+        endings = tuple(f'{a}"'.encode() for a in answers)
+        questions.append(Question(context.encode(), endings, place, tuple(answers), neutral.encode()))
     return questions

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
 from bytelm.checkpoint import find_checkpoint, list_steps
 from bytelm.evals.entrants import entrants
 from bytelm.evals.results import Result, Results, key_of
-from bytelm.evals.suites import Material, Unit
+from bytelm.evals.suites import VERSION, Material, Unit
 from bytelm.evals.summary import Summary
 from bytelm.metrics import versions
 from bytelm.protocol import ByteLM, ImpossibleText
@@ -26,11 +27,12 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths)]
 
 
-def identity(path: Path, checkpoint: str) -> list[tuple[str, int, int]]:
-    """What a model's files are: names, sizes and times of change."""
+def identity(path: Path, checkpoint: str, out: Path) -> list[tuple[str, int, int]]:
+    """What a model's files are: names, sizes and times of change; without those in the results' folder `out`."""
     if path.is_dir() and (list_steps(path / "checkpoints") or list_steps(path / "best")):
         path = find_checkpoint(path, checkpoint)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = [p for p in files if out.resolve() not in p.resolve().parents]
     return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 
@@ -49,21 +51,21 @@ def run_units(
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for path, name in zip(paths, names_of(paths)):
-            lm, files = load(path), identity(path, str(how["checkpoint"]))
+            lm, files = load(path), identity(path, str(how["checkpoint"]), results.path.parent)
             for entrant in entrants(name, lm):
                 mine = [unit for unit in units if unit.fits(entrant)]
-                task = progress.add_task(entrant.name, total=len(mine))
+                task = progress.add_task(escape(entrant.name), total=len(mine))
                 began, done = time.perf_counter(), 0
                 for unit in mine:
-                    progress.update(task, description=f"{entrant.name}: {unit.suite} {unit.task}")
-                    key = key_of(model=files, view=type(entrant.lm).__name__, how=dict(how), suite=unit.suite,
-                                 task=unit.task, decides=unit.decides)  # fmt: skip
+                    progress.update(task, description=escape(f"{entrant.name}: {unit.suite} {unit.task}"))
+                    key = key_of(version=VERSION, model=files, view=type(entrant.lm).__name__, how=dict(how),
+                                 suite=unit.suite, task=unit.task, decides=unit.decides)  # fmt: skip
                     if key not in results.found:
                         try:
                             metrics, details = unit.run(entrant)
                         except ImpossibleText as e:
                             metrics, details = {}, {"impossible": str(e)}
-                            console.print(f"{entrant.name}, {unit.suite} {unit.task}: {e}", style="yellow")
+                            console.print(f"{entrant.name}, {unit.suite} {unit.task}: {e}", markup=False)
                         results.add(Result(key, entrant.name, unit.suite, unit.task, metrics, details))
                         done += 1
                     found.append(dataclasses.replace(results.found[key], model=entrant.name))
@@ -71,7 +73,7 @@ def run_units(
                 progress.remove_task(task)
                 if mine:
                     console.print(f"{entrant.name}: {done} tasks done in {time.perf_counter() - began:.0f} s, "
-                                  f"{len(mine) - done} known")  # fmt: skip
+                                  f"{len(mine) - done} known", markup=False)  # fmt: skip
     return found
 
 
@@ -81,7 +83,7 @@ def headline(summary: Summary) -> RichTable:
     table = RichTable(box=None, pad_edge=False)
     table.add_column("")
     for row in source.rows:
-        table.add_column(row[0], justify="right", overflow="fold")
+        table.add_column(escape(row[0]), justify="right", overflow="fold")
     for n, name in enumerate(source.columns[1:], 1):
         table.add_row(name, *(row[n] for row in source.rows))
     return table
@@ -89,7 +91,7 @@ def headline(summary: Summary) -> RichTable:
 
 def facts(paths: Sequence[Path], text: str, suites: Sequence[str], material: Material) -> Mapping[str, str]:
     """What was measured, on what, with what."""
-    corpus = material.text
+    corpus = material.__dict__.get("opened")  # if a suite needed it
     return {
         "models": ", ".join(map(str, paths)), "suites": ", ".join(suites),
         "text": text + (f" ({corpus.describe()})" if corpus is not None else ""),

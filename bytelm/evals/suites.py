@@ -1,6 +1,7 @@
 """The suites of `bytelm eval`: what each asks a model, as units of work that are done and written down one by one. What
 the results say together (`summary.py`) is worked out from them alone."""
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bytelm.byteview.plain_tokens import PlainTokens
 from bytelm.config import ConfigError
 from bytelm.data.corpus import Corpus
 from bytelm.data.marks import corpus_identity
@@ -24,8 +26,10 @@ from bytelm.evals.hellaswag import TASKS as HELLASWAG_TASKS
 from bytelm.evals.hellaswag import Item, hellaswag_questions, read_hellaswag
 from bytelm.evals.variants import PAIRS, variants_unit
 from bytelm.evals.word_chain import word_unit
-from bytelm.lm import load_vocabulary
+from bytelm.lm import NetworkLM, load_vocabulary
+from bytelm.vocab import complete_prefix
 
+VERSION = 1  # of what the suites ask; goes up when a result would be another
 NOISES = ("antspeak", "drop", "random_case", "repeat", "upper", "word_replace", "typo_swap", "typo_keyboard")
 Found = tuple[dict[str, float], dict[str, Any]]  # metrics, details by item
 
@@ -34,22 +38,23 @@ Found = tuple[dict[str, float], dict[str, Any]]  # metrics, details by item
 class Sizes:
     """How much of each suite is run."""
 
-    bpb_bytes: int = 200_000  # of text for bits per byte and chunks; 0: all
+    bpb_bytes: int = 200_000  # of text for bits per byte and words; 0: all
+    chunk_bytes: int = 200_000  # of text for units
     passages: int = 64  # of the noise suite
-    items: int = 50  # of each task of CUTE, CharBench and the like; 0: all there are
+    items: int = 50  # of each task of CUTE (0: all there are), CharBench and the like
     hellaswag: int = 40  # items, each under sixteen tasks; 0: all
     sentences: int = 100  # of each language; 0: all
 
     @staticmethod
     def full() -> "Sizes":
-        return Sizes(bpb_bytes=0, passages=1024, items=0, hellaswag=0, sentences=0)
+        return Sizes(bpb_bytes=0, chunk_bytes=1 << 20, passages=1024, items=1000, hellaswag=0, sentences=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """The texts and files that the suites read."""
+    """The texts and files that the suites read. `text` may be a function that opens it, for suites that need none."""
 
-    text: Corpus | None = None
+    text: Corpus | Callable[[], Corpus] | None = None
     cute: Path | None = None  # folder with CUTE's TSV files
     hellaswag: Path | None = None  # JSONL in the published format
     misspellings: Path | None = None  # lines `typo->word`
@@ -64,10 +69,19 @@ class Material:
     def text_identity(self) -> str:
         return corpus_identity(self.need_text("bpb"))
 
+    @cached_property
+    def opened(self) -> Corpus | None:
+        return self.text() if callable(self.text) else self.text
+
     def need_text(self, suite: str) -> Corpus:
-        if self.text is None or not len(self.text):
+        if self.opened is None or not len(self.opened):
             raise ConfigError(f"suite {suite}: needs text that the models have not seen: give --text FILE")
-        return self.text
+        return self.opened
+
+    def documents(self, suite: str, most: int) -> list[bytes]:
+        """Documents of the text up to so many bytes (0: all), the last one cut at a character."""
+        found = list(first_bytes(self.need_text(suite), most))
+        return [text[: complete_prefix(text)] for text in found]
 
     @cached_property
     def items(self) -> list[Item]:
@@ -109,9 +123,9 @@ def _picked(questions: list[Question], chance: float) -> Callable[[Entrant], Fou
 
     def run(entrant: Entrant) -> Found:
         choices = ask(entrant.lm, questions)
-        right = {by: choices.right(by) for by in ("sum", "bytes", "characters")}
-        metrics = {"accuracy": right["sum"].mean(), "accuracy_bytes": right["bytes"].mean(),
-                   "accuracy_characters": right["characters"].mean(), "chance": chance, "items": len(questions),
+        right = {by: choices.right(by) for by in ("gain", "sum", "bytes", "characters")}
+        metrics = {"accuracy": right["gain"].mean(), **{f"accuracy_{by}": flags.mean() for by, flags in right.items()},
+                   "chance": chance, "items": len(questions),
                    "cut": np.mean([len(q.context + q.endings[0]) > entrant.lm.window for q in questions])}  # fmt: skip
         details = {by: "".join(map(str, flags.astype(int))) for by, flags in right.items()}
         return {name: float(value) for name, value in metrics.items()}, details
@@ -137,14 +151,18 @@ def _written(questions: list[Question]) -> Callable[[Entrant], Found]:
 
 
 def _bpb(material: Material) -> Iterator[Unit]:
-    text, most = material.need_text("bpb"), material.sizes.bpb_bytes
+    most = material.sizes.bpb_bytes
+    documents = material.documents("bpb", most)
 
     def run(entrant: Entrant) -> Found:
-        documents = [d for d in first_bytes(text, most)]
         result = bits_per_byte(
             lambda group: [-s.total for s in entrant.lm.score_batch(group)], documents, entrant.lm.window
         )
-        return {"bpb": result.bpb, "bytes": float(result.bytes), "window": float(result.window)}, {}
+        # By its own tokens, a model is read in windows of so many tokens.
+        tokens = isinstance(entrant.lm, PlainTokens)
+        window = entrant.lm.lm.model.config.context if isinstance(entrant.lm, PlainTokens) else entrant.lm.window
+        name = "window_tokens" if tokens else "window"
+        return {"bpb": result.bpb, "bytes": float(result.bytes), name: float(window)}, {}
 
     yield Unit("bpb", "text", {"text": material.text_identity, "most": most}, run, lambda e: e.bits)
 
@@ -155,19 +173,24 @@ def _noise(material: Material) -> Iterator[Unit]:
 
     def unit(task: str, contexts: Callable[[], list[bytes]], more: Mapping[str, Any]) -> Unit:
         def run(entrant: Entrant) -> Found:
-            scores = entrant.lm.score_batch([p.text for p in found], contexts())
+            before = contexts()
+            scores = entrant.lm.score_batch([p.text for p in found], before)
             nats = np.array([-s.total for s in scores])
+            if np.isnan(nats).any():
+                raise FloatingPointError("the model's scores are not numbers (nan)")
             sizes = [len(p.text) for p in found]
             bits = float(nats.sum() / sum(sizes) / math.log(2))
             kept = [round(float(n), 6) if math.isfinite(n) else None for n in nats]
-            return {"bpb": bits}, {"nats": kept, "bytes": sizes}
+            room = entrant.lm.window if not isinstance(entrant.lm, PlainTokens) else math.inf
+            cut = float(np.mean([len(c) + len(p.text) > room for c, p in zip(before, found)]))
+            return {"bpb": bits, "cut": cut}, {"nats": kept, "bytes": sizes}
 
         return Unit("noise", task, {**decides, **more}, run)
 
     yield unit("without", lambda: [b""] * len(found), {})
     yield unit("clean", lambda: [p.context for p in found], {})
     for name, rule in material.rules.items():
-        more = {"list": str(material.misspellings)} if name == "misspelt" else {}
+        more = {"list": content_of(material.misspellings)} if name == "misspelt" else {}
 
         def contexts(name=name, rule=rule) -> list[bytes]:
             return [noised(p.context, rule, seed=seed, document=p.name, field="context", name=name) for p in found]
@@ -179,7 +202,7 @@ def _cute(material: Material) -> Iterator[Unit]:
     if material.cute is None:
         raise ConfigError("suite cute: needs CUTE's data, a folder of TSV files (github.com/Leukas/CUTE, data/): "
                           "--cute DIR")  # fmt: skip
-    tasks = (*cute.TASKS, *(cute.RANDOM if material.sizes.items == 0 else ()))
+    tasks = (*cute.TASKS, *(cute.RANDOM if material.sizes.items >= 1000 else ()))
     for task in tasks:
         questions = cute.questions(material.cute, task, material.sizes.items, material.seed)
         yield from _asked("cute", task, questions, cute.chance(task), material, {"cute": str(material.cute)})
@@ -198,7 +221,7 @@ def _asked(
 
 def _words(material: Material, table: Mapping[str, Any], suite: str) -> Iterator[Unit]:
     for task in table:
-        questions = word_tasks.questions(material.word_counts, task, material.sizes.items or 1000, material.seed)
+        questions = word_tasks.questions(material.word_counts, task, material.sizes.items, material.seed)
         single = task not in ("common_substring", "unscramble")  # these have several right answers
         yield from _asked(suite, task, questions, word_tasks.CHANCE[task], material, writes=single)
 
@@ -207,19 +230,19 @@ def _langgame(material: Material) -> Iterator[Unit]:
     words = word_tasks.frequent(material.word_counts)
     for kind in langgame.KINDS:
         drawn = langgame.language_questions(words, kind, material.seed)
-        questions = list(itertools.islice(drawn, material.sizes.items or 1000))
+        questions = list(itertools.islice(drawn, material.sizes.items))
         yield from _asked("langgame", kind, questions, 1 / 4, material, writes=False)
 
 
 def _counting(material: Material) -> Iterator[Unit]:
-    count = material.sizes.items or 1000
+    count = material.sizes.items
     for spelling in counting.SPELLINGS:
         questions = counting.count_questions(spelling, count, material.seed)
         yield from _asked("counting", spelling, questions, counting.CHANCE, material)
 
 
 def _sums(material: Material) -> Iterator[Unit]:
-    count = material.sizes.items or 90
+    count = material.sizes.items
     for form in counting.FORMATS:
         questions = counting.sum_questions(form, count, material.seed)
         yield from _asked("sums", form, questions, counting.CHANCE, material)
@@ -234,9 +257,10 @@ def _hellaswag(material: Material) -> Iterator[Unit]:
 
 
 def _chunks(material: Material) -> Iterator[Unit]:
-    text, most = material.need_text("chunks"), material.sizes.bpb_bytes
+    most = material.sizes.chunk_bytes
+    documents = material.documents("chunks", most)
     decides = {"text": material.text_identity, "most": most, "seed": material.seed}
-    run = lambda entrant: chunk_quality.chunk_unit(entrant, first_bytes(text, most or 1 << 20), material.seed)  # noqa: E731
+    run = lambda entrant: chunk_quality.chunk_unit(entrant, documents, material.seed)  # noqa: E731
     yield Unit("chunks", "text", decides, run, chunk_quality.has_chunks)
 
 
@@ -245,10 +269,10 @@ def _languages(material: Material) -> Iterator[Unit]:
         raise ConfigError("suite languages: needs parallel text, a folder of LANGUAGE.txt: --parallel DIR")
     texts = chunk_quality.read_parallel(material.parallel, material.sizes.sentences)
     for language, sentences in texts.items():
-        decides = {"sentences": [s.hex() for s in sentences], "english": [s.hex() for s in texts["en"]]}
+        decides = {"sentences": [s.hex() for s in sentences]}
 
         def run(entrant: Entrant, sentences=sentences) -> Found:
-            return chunk_quality.language_unit(entrant, sentences, texts["en"])
+            return chunk_quality.language_unit(entrant, sentences)
 
         yield Unit("languages", language, decides, run)
 
@@ -263,7 +287,7 @@ def _morphemes(material: Material) -> Iterator[Unit]:
         def run(entrant: Entrant, words=words) -> Found:
             return chunk_quality.morpheme_unit(entrant, words)
 
-        yield Unit("morphemes", path.name, {"words": words}, run, chunk_quality.has_chunks)
+        yield Unit("morphemes", str(path), {"words": words}, run, chunk_quality.has_chunks)
 
 
 def _traps(material: Material) -> Iterator[Unit]:
@@ -273,7 +297,8 @@ def _traps(material: Material) -> Iterator[Unit]:
 
     def cut(text: bytes) -> list[int]:
         ids = vocabulary.encode(text, False) or ()
-        return list(itertools.accumulate(len(vocabulary.tokens[i] or b"") for i in ids))
+        ends = itertools.accumulate(len(vocabulary.tokens[i] or b"") for i in ids)
+        return [end - len(vocabulary.lead) for end in ends]
 
     words = word_tasks.frequent(material.word_counts, 5000)
     questions = traps.questions(words, cut, material.sizes.items, material.seed)
@@ -286,11 +311,11 @@ def _variants(material: Material) -> Iterator[Unit]:
 
 
 def _chain(material: Material) -> Iterator[Unit]:
-    text, most = material.need_text("words"), material.sizes.bpb_bytes
-    counts = {word: material.word_counts[word] for word in material.word_counts}
-    decides = {"text": material.text_identity, "most": most, "words": str(material.words)}
-    run = lambda entrant: word_unit(entrant.lm, list(first_bytes(text, most)), counts)  # noqa: E731
-    yield Unit("words", "text", decides, run, lambda e: e.bits and e.sampled)
+    most = material.sizes.bpb_bytes
+    documents = material.documents("words", most)
+    decides = {"text": material.text_identity, "most": most, "words": content_of(material.words)}
+    run = lambda entrant: word_unit(entrant.lm, documents, material.word_counts)  # noqa: E731
+    yield Unit("words", "text", decides, run, lambda e: e.bits and isinstance(e.lm, NetworkLM))
 
 
 SUITES: dict[str, Callable[[Material], Iterator[Unit]]] = {
@@ -310,7 +335,22 @@ NEEDS = {
 }
 
 
-def units(names: list[str], material: Material, written: bool) -> list[Unit]:
-    """The units of some suites, in order; `written`: also those whose answers are written out."""
-    found = [unit for name in names for unit in SUITES[name](material)]
+def units(
+    names: list[str], material: Material, written: bool, left_out: Callable[[str], None] | None = None
+) -> list[Unit]:
+    """The units of some suites, in order; `written`: also those whose answers are written out. A suite that its texts
+    and files do not allow raises ConfigError, or is left out where `left_out` is told why."""
+    found = []
+    for name in names:
+        try:
+            found += list(SUITES[name](material))
+        except ConfigError as e:
+            if left_out is None:
+                raise
+            left_out(str(e))
     return [unit for unit in found if written or not unit.suite.endswith("-written")]
+
+
+def content_of(path: Path | None) -> str:
+    """What a file says, as a hash; empty for none."""
+    return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()

@@ -8,8 +8,10 @@ import numpy as np
 
 from bytelm.evals.choices import interval
 from bytelm.evals.hellaswag import CHANCE, robustness, robustness_interval
+from bytelm.evals.noisy import recovered
 from bytelm.evals.results import Result
 
+CUT = " Some contexts are longer than a model's window: it does not see their beginning, and models do not see alike."
 BASES = ("without", "clean")  # tasks of the noise suite that are no noise
 ACCURACIES = ("cute", "charbench", "probes", "langgame", "counting", "sums", "traps")
 
@@ -53,11 +55,9 @@ class Summary:
         return float(np.mean([self.metric(model, suite, task, name) for task in self.tasks(suite)] or [math.nan]))
 
     def recovered(self, model: str, rule: str) -> float:
-        """The share of a context's help that is left when it is noised (see `noisy.py`); nan where it does not help,
-        or where some text is impossible for the model."""
-        nats = {task: _nats(self.of(model, "noise").get(task)) for task in (*BASES, rule)}
-        helped = nats["without"] - nats["clean"]
-        return (nats["without"] - nats[rule]) / helped if helped > 0 else math.nan
+        """The share of a context's help that is left when it is noised; nan where it does not help, or where some text
+        is impossible for the model."""
+        return recovered(*(_nats(self.of(model, "noise").get(task)) for task in (*BASES, rule)))
 
     def rules(self) -> list[str]:
         return [task for task in self.tasks("noise") if task not in BASES]
@@ -76,6 +76,8 @@ class Summary:
         if "clean" not in results or len(noisy) < 15:
             return math.nan, math.nan, math.nan, (math.nan, math.nan)
         flags = {task: _flags(results[task]) for task in results}
+        if not all(map(len, flags.values())):
+            return math.nan, math.nan, math.nan, (math.nan, math.nan)
         stacked = np.stack([flags[task] for task in noisy])
         clean, mean = float(flags["clean"].mean()), float(stacked.mean())
         return clean, mean, robustness(clean, mean, CHANCE), robustness_interval(flags["clean"], stacked)
@@ -110,6 +112,20 @@ class Summary:
         rows += [[name, shown(bpb), *[""] * (len(columns) - 1)] for name, bpb in self.lines.items() if columns]
         return Table("Headline", "", ["model", *(name for name, _ in columns)], rows)
 
+    def record(self) -> dict[str, dict[str, dict[str, dict[str, float | None]]]]:
+        """Every figure, as {model: {suite: {task: {name: number}}}}, with None for what is not a number; compressor
+        lines under "compressors"."""
+        out: dict = {"compressors": {"bpb": {"text": dict(self.lines)}}} if self.lines else {}
+        for (model, suite), results in self.found.items():
+            for task, result in results.items():
+                numbers = {k: v if v is not None and math.isfinite(v) else None for k, v in result.metrics.items()}
+                out.setdefault(model, {}).setdefault(suite, {})[task] = numbers
+        for model in self.models:
+            for rule in self.rules() if self.of(model, "noise") else ():
+                share = self.recovered(model, rule)
+                out[model]["noise"][rule]["recovered"] = share if math.isfinite(share) else None
+        return out
+
     def chance(self, suite: str) -> float:
         """Mean of what guessing gives over a suite's tasks."""
         each = [next(self.metric(m, suite, t, "chance") for m in self.models if t in self.of(m, suite))
@@ -141,6 +157,8 @@ class Summary:
             "Bits per byte of 256 bytes of clean text behind 512 bytes of context that a rule has noised, and in "
             "brackets the share of the context's help that is left: (without - noised) / (without - clean)."
         )
+        if any(self.metric(m, "noise", t, "cut") > 0 for m in self.models for t in self.tasks("noise")):
+            about += CUT
         columns = ["model", "no context", "clean", *rules]
         return Table("Clean text behind noised context", about, columns, rows) if rows else None
 
@@ -150,22 +168,25 @@ class Summary:
         for model in self.models:
             cells = []
             for task in tasks:
-                result = self.of(model, suite).get(task)
-                if result is None:
-                    cells.append("")
+                flags = _flags(self.of(model, suite).get(task), "gain")
+                if not len(flags):
+                    cells.append("-")
                     continue
-                low, high = interval(_flags(result, "sum"))
-                cells.append(f"{shown(result.metrics['accuracy'] or 0, 0, True)} ({100 * low:.0f}-{100 * high:.0f})")
-            if any(cells):
+                low, high = interval(int(flags.sum()), len(flags))
+                cells.append(f"{shown(float(flags.mean()), 0, True)} ({100 * low:.0f}-{100 * high:.0f})")
+            if any(cell != "-" for cell in cells):
                 rows.append([model, *cells])
         if not rows:
             return None
         rows.append(["chance", *(shown(next(self.metric(m, suite, t, "chance") for m in self.models
                                             if t in self.of(m, suite)), 0, True) for t in tasks)])  # fmt: skip
-        about = "Share of questions whose right answer is the most probable of those offered (95 % interval)."
+        about = (
+            "Share of questions whose right answer, of those offered, is the one that the question makes most more "
+            "probable (95 % interval): what answers are of themselves, long or frequent or misspelt, does not count."
+        )
         cut = max(self.metric(m, suite, t, "cut") for m in self.models for t in tasks if t in self.of(m, suite))
         if cut > 0:
-            about += " Where a question is longer than a model's window, its beginning is not seen."
+            about += CUT
         return Table(suite, about, ["model", *tasks], rows)
 
     def _written(self, suite: str) -> Table | None:
@@ -180,6 +201,8 @@ class Summary:
         rows = [[m, *(shown(self.metric(m, "hellaswag", t, "accuracy_characters"), 0, True) for t in tasks)]
                 for m in self.models if self.of(m, "hellaswag")]  # fmt: skip
         about = "Accuracy normalised by characters; chance 25 %. Noise on the context, the endings, or both."
+        if any(self.metric(m, "hellaswag", t, "cut") > 0 for m in self.models for t in tasks):
+            about += CUT
         return Table("HellaSwag", about, ["model", *tasks], rows) if rows else None
 
     def _words(self) -> Table | None:
@@ -212,10 +235,14 @@ class Summary:
 
     def _languages(self) -> Table | None:
         tasks = self.tasks("languages")
-        names = {"premium_bytes": "bytes", "premium_units": "units", "information_parity": "bits"}
-        rows = [[f"{m}, {label}", *(shown(self.metric(m, "languages", t, name), 2) for t in tasks)]
+
+        def over_english(model: str, task: str, name: str) -> float:
+            return self.metric(model, "languages", task, name) / self.metric(model, "languages", "en", name)
+
+        names = {"bytes": "bytes", "units": "units", "nats": "bits"}
+        rows = [[f"{m}, {label}", *(shown(over_english(m, t, name), 2) for t in tasks)]
                 for m in self.models for name, label in names.items()
-                if any(math.isfinite(self.metric(m, "languages", t, name)) for t in tasks)]  # fmt: skip
+                if math.isfinite(self.metric(m, "languages", "en", name))]  # fmt: skip
         about = "What the same sentences cost in a language, over English: bytes, units, and bits of the whole text."
         return Table("Languages", about, ["model", *tasks], rows) if rows else None
 
@@ -245,9 +272,10 @@ def shown(value: float, digits: int = 3, per_cent: bool = False) -> str:
 
 
 def _nats(result: Result | None) -> float:
-    nats = [] if result is None else result.details["nats"]
+    nats = [] if result is None else result.details.get("nats", [])
     return math.nan if not nats or None in nats else float(sum(nats))
 
 
-def _flags(result: Result, by: str = "characters") -> np.ndarray:
-    return np.array([flag == "1" for flag in result.details[by]])
+def _flags(result: Result | None, by: str = "characters") -> np.ndarray:
+    """Which items are right; none for a result that there is not."""
+    return np.array([flag == "1" for flag in ("" if result is None else result.details.get(by, ""))], bool)

@@ -22,11 +22,12 @@ def word_unit(
     for text, score in zip(documents, lm.score_batch(documents)):
         if score.greedy is None:
             raise ConfigError("this model's scores do not say which bytes were the most probable")
-        shown = text.decode("latin-1")  # a character a byte, so that places are those of bytes
+        shown = text.decode("utf-8", "surrogateescape")
+        byte = np.cumsum([0, *(len(c.encode("utf-8", "surrogateescape")) for c in shown)])  # where characters begin
         for found in WORD.finditer(shown):
             band = int(np.searchsorted(BANDS, ranks.get(found[0], BANDS[-1]), side="right"))
             total[band] += 1
-            right[band] += bool(score.greedy[found.start() : found.end()].all())
+            right[band] += bool(score.greedy[byte[found.start()] : byte[found.end()]].all())
     names = [f"top_{BANDS[0]}", *(f"to_{end}" for end in BANDS[1:]), "rarer"]
     share = {f"accuracy_{n}": float(r / t) if t else float("nan") for n, r, t in zip(names, right, total)}
     return {**share, **{f"words_{n}": float(t) for n, t in zip(names, total)},

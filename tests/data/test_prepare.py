@@ -15,7 +15,6 @@ from prepare_helpers import HERE, SKIP, command, errors, files_of, jsonl, prepar
 
 from bytelm.config import ConfigError
 from bytelm.data import units
-from bytelm.data.parts import _noised
 from bytelm.data.prepare import prepare
 from bytelm.data.sources import open_corpus, split_validation
 
@@ -93,7 +92,7 @@ def test_how_the_work_is_cut_and_shared_changes_nothing(many, tmp_path, monkeypa
 
 
 def test_noise(tmp_path, monkeypatch):
-    """A share of the documents is noised, each by one of the rules; a character is whole though it is read in two."""
+    """A share of the documents is noised, each by one of the rules; what is held out is what would be, and clean."""
     texts = [f"Der Hund Nummer {n} läuft über die Straße. " * 3 for n in range(200)]
     (tmp_path / "a.jsonl").write_bytes(jsonl(*texts))
     options = dataclasses.replace(HERE, valid_fraction=0.0, noise=("upper", "typo_swap"), noise_share=0.6, seed=3)
@@ -104,9 +103,11 @@ def test_noise(tmp_path, monkeypatch):
     assert all(sorted(a) == sorted(b) for a, b, kind in zip(texts, found, kinds) if kind == "typos")
     with pytest.raises(ConfigError, match="other inputs or with other options"):
         prepare(tmp_path / "out", [f"{tmp_path}/a.jsonl"], dataclasses.replace(options, seed=4))
-    halves = [texts[0].encode()[:40], texts[0].encode()[40:]]  # inside the ß
-    whole = b"".join(_noised(halves, dataclasses.replace(options, noise=("upper",), noise_share=1.0)))
-    assert whole.decode() == texts[0].upper()
+    clean = dataclasses.replace(HERE, valid_fraction=0.2)
+    prepare(tmp_path / "clean", [f"{tmp_path}/a.jsonl"], clean)
+    prepare(tmp_path / "noised", [f"{tmp_path}/a.jsonl"], dataclasses.replace(clean, noise=("upper",)))
+    assert prepared(tmp_path / "noised", "valid") == prepared(tmp_path / "clean", "valid") != []  # the same, and clean
+    assert prepared(tmp_path / "noised") == [t.decode().upper().encode() for t in prepared(tmp_path / "clean")]
 
 
 def test_all_frames_of_a_zst(tmp_path):

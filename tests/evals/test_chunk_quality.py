@@ -11,7 +11,7 @@ import bytelm
 from bytelm.byteview.plain_tokens import PlainTokens
 from bytelm.config import ConfigError
 from bytelm.evals.chunk_quality import (
-    agreement,
+    Agreement,
     chunk_unit,
     has_chunks,
     language_unit,
@@ -25,7 +25,13 @@ from bytelm.evals.chunk_quality import (
     word_gaps,
 )
 from bytelm.evals.entrants import Entrant, entrants
+from bytelm.evals.results import Result
+from bytelm.evals.summary import Summary
 from models import Table, uniform
+
+
+def agreement(starts, gaps, size):
+    return Agreement().add(np.asarray(starts, np.int64), gaps, size).figures()
 
 
 class Spaces(Table):
@@ -62,6 +68,12 @@ def test_lift_of_random_boundaries_is_one():
     for density in (0.05, 0.2, 0.5):
         starts = np.flatnonzero(rng.random(len(text)) < density)
         assert agreement(starts[starts > 0], word_gaps(text), len(text))["lift"] == pytest.approx(1, abs=0.05)
+
+
+def test_texts_without_gaps_or_units_do_not_spoil_the_others():
+    texts = [b"the quick brown fox jumps over", b"hello", b"a b"]
+    figures, _ = level_figures(texts, [np.array([4, 10]), np.array([2]), np.zeros(0, np.int64)])
+    assert figures["word_precision"] == 2 / 3 and figures["word_recall"] == 2 / 6 and figures["word_lift"] > 0
 
 
 def test_renyi_efficiency():
@@ -123,9 +135,11 @@ def test_languages(tmp_path):
     (tmp_path / "en.txt").write_text("one two\nthree\n")
     (tmp_path / "xx.txt").write_text("uno due tre\nquattro cinque\n")
     texts = read_parallel(tmp_path, 0)
-    found, _ = language_unit(Entrant("s", "x", Spaces()), texts["xx"], texts["en"])
-    assert found["premium_bytes"] == found["information_parity"] == 25 / 12 and found["bpb"] == pytest.approx(8)
-    assert found["premium_units"] == 5 / 3
+    found, _ = language_unit(Entrant("s", "x", Spaces()), texts["xx"])
+    assert (found["bytes"], found["units"]) == (25, 5) and found["nats"] == pytest.approx(25 * math.log(256))
+    results = [Result(t, "s", "languages", t, language_unit(Entrant("s", "x", Spaces()), texts[t])[0]) for t in texts]
+    (table,) = Summary(results).tables()
+    assert table.rows == [["s, bytes", "1.00", "2.08"], ["s, units", "1.00", "1.67"], ["s, bits", "1.00", "2.08"]]
     (tmp_path / "yy.txt").write_text("only one line\n")
     with pytest.raises(ConfigError, match="one file LANGUAGE.txt a language"):
         read_parallel(tmp_path, 0)
@@ -163,6 +177,12 @@ def test_plain_tokens_score_as_the_harness_asks(tokenized):
             past = len(lm.trunk) - 1
             want = sum(rows[past + n][t] for n, t in enumerate(whole) if n >= first)
             assert score.total == pytest.approx(want, abs=1e-4) == score.per_byte.sum()
+        for context in ("", "It was"):  # longer than its positions: every token counts once
+            long = "".join(f" of the license {n} and the terms" for n in range(120))
+            bits = -plain.score(long, context).total / len(long) / math.log(2)
+            assert bits == pytest.approx(
+                -plain.score(long[: len(long) // 2]).total / (len(long) // 2) / math.log(2), rel=0.1
+            )
         alone = plain.score_batch(["The license"])[0].total
         assert alone == pytest.approx(lm.score_tokens(["The license"])[0])
         with pytest.raises(ConfigError, match="no probabilities of next bytes"):
