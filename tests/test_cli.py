@@ -90,10 +90,11 @@ def test_eval_suites_are_gone_on_with_and_reported(trained, tmp_path, capsys):
     assert cli([*args, "--suite", "bpb"]) == 0
     assert "1 tasks done" in capsys.readouterr().out
     assert cli([*args, "--json"]) == 0
-    said = capsys.readouterr().out
-    assert "11 tasks done" in said and "1 known" in said
-    (row, *lines) = json.loads(said.splitlines()[-1])
-    assert float(row["bits per byte"]) > 0 and "xz" in {line["model"] for line in lines}
+    said, told = capsys.readouterr()
+    assert "11 tasks done" in told and "1 known" in told
+    record = json.loads(said)
+    assert record["run"]["bpb"]["text"]["bpb"] > 0 and record["compressors"]["bpb"]["text"]["xz"] > 0
+    assert {"without", "clean", "drop"} <= set(record["run"]["noise"]) and "recovered" in record["run"]["noise"]["drop"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png") == 2 and "typo_keyboard" in page and "http" not in page.replace("http-", "")
     records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
