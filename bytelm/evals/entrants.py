@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from bytelm.byteview.byte_view import TokenizedLM
 from bytelm.byteview.plain_tokens import PlainTokens
-from bytelm.lm import NetworkLM
 from bytelm.protocol import ByteLM, Score, Text, in_context, no_inputs
 from bytelm.seq2seq_lm import Seq2SeqLM
 from bytelm.vocab import encode
@@ -55,17 +54,14 @@ class Entrant:
     """A way to ask a model; a tokenized one has two."""
 
     name: str
-    family: str
     lm: ByteLM
     bits: bool = True  # whether its scores of a text without context are bits per byte of it
-    sampled: bool = True  # whether next-byte probabilities can be asked of it
 
 
 def entrants(name: str, lm: ByteLM) -> list[Entrant]:
     """The ways to ask a loaded model."""
     if isinstance(lm, TokenizedLM):
-        return [Entrant(f"{name} (tokens)", "tokenized", PlainTokens(lm), sampled=False),
-                Entrant(f"{name} (bytes)", "tokenized", lm)]  # fmt: skip
+        return [Entrant(f"{name} (tokens)", PlainTokens(lm)), Entrant(f"{name} (bytes)", lm)]
     if isinstance(lm, Seq2SeqLM):
-        return [Entrant(name, lm.config.family, Continuing(lm), bits=False)]
-    return [Entrant(name, lm.config.family if isinstance(lm, NetworkLM) else "other", lm)]
+        return [Entrant(name, Continuing(lm), bits=False)]
+    return [Entrant(name, lm)]

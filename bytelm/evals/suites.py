@@ -1,6 +1,7 @@
 """The suites of `bytelm eval`: what each asks a model, as units of work that are done and written down one by one. What
 the results say together (`summary.py`) is worked out from them alone."""
 
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -158,11 +159,10 @@ def _bpb(material: Material) -> Iterator[Unit]:
         result = bits_per_byte(
             lambda group: [-s.total for s in entrant.lm.score_batch(group)], documents, entrant.lm.window
         )
-        # By its own tokens, a model is read in windows of so many tokens.
-        tokens = isinstance(entrant.lm, PlainTokens)
-        window = entrant.lm.lm.model.config.context if isinstance(entrant.lm, PlainTokens) else entrant.lm.window
-        name = "window_tokens" if tokens else "window"
-        return {"bpb": result.bpb, "bytes": float(result.bytes), name: float(window)}, {}
+        window = {"window": float(entrant.lm.window)}
+        if isinstance(entrant.lm, PlainTokens):  # it is read in windows of so many tokens
+            window = {"window_tokens": float(entrant.lm.lm.model.config.context)}
+        return {"bpb": result.bpb, "bytes": float(result.bytes), **window}, {}
 
     yield Unit("bpb", "text", {"text": material.text_identity, "most": most}, run, lambda e: e.bits)
 
@@ -205,15 +205,12 @@ def _cute(material: Material) -> Iterator[Unit]:
     tasks = (*cute.TASKS, *(cute.RANDOM if material.sizes.items >= 1000 else ()))
     for task in tasks:
         questions = cute.questions(material.cute, task, material.sizes.items, material.seed)
-        yield from _asked("cute", task, questions, cute.chance(task), material, {"cute": str(material.cute)})
+        yield from _asked("cute", task, questions, cute.chance(task))
 
 
-def _asked(
-    suite: str, task: str, questions: list[Question], chance: float, material: Material, more: Mapping[str, Any] = {},
-    writes: bool = True,
-) -> Iterator[Unit]:  # fmt: skip
+def _asked(suite: str, task: str, questions: list[Question], chance: float, *, writes: bool = True) -> Iterator[Unit]:
     """A task by likelihood, and written out."""
-    decides = {"questions": [(q.context.hex(), [e.hex() for e in q.endings], q.answer) for q in questions], **more}
+    decides = {"questions": [dataclasses.astuple(question) for question in questions]}
     yield Unit(suite, task, decides, _picked(questions, chance))
     if writes:
         yield Unit(f"{suite}-written", task, decides, _written(questions))
@@ -223,7 +220,7 @@ def _words(material: Material, table: Mapping[str, Any], suite: str) -> Iterator
     for task in table:
         questions = word_tasks.questions(material.word_counts, task, material.sizes.items, material.seed)
         single = task not in ("common_substring", "unscramble")  # these have several right answers
-        yield from _asked(suite, task, questions, word_tasks.CHANCE[task], material, writes=single)
+        yield from _asked(suite, task, questions, word_tasks.CHANCE[task], writes=single)
 
 
 def _langgame(material: Material) -> Iterator[Unit]:
@@ -231,21 +228,21 @@ def _langgame(material: Material) -> Iterator[Unit]:
     for kind in langgame.KINDS:
         drawn = langgame.language_questions(words, kind, material.seed)
         questions = list(itertools.islice(drawn, material.sizes.items))
-        yield from _asked("langgame", kind, questions, 1 / 4, material, writes=False)
+        yield from _asked("langgame", kind, questions, 1 / 4, writes=False)
 
 
 def _counting(material: Material) -> Iterator[Unit]:
     count = material.sizes.items
     for spelling in counting.SPELLINGS:
         questions = counting.count_questions(spelling, count, material.seed)
-        yield from _asked("counting", spelling, questions, counting.CHANCE, material)
+        yield from _asked("counting", spelling, questions, counting.CHANCE)
 
 
 def _sums(material: Material) -> Iterator[Unit]:
     count = material.sizes.items
     for form in counting.FORMATS:
         questions = counting.sum_questions(form, count, material.seed)
-        yield from _asked("sums", form, questions, counting.CHANCE, material)
+        yield from _asked("sums", form, questions, counting.CHANCE)
 
 
 def _hellaswag(material: Material) -> Iterator[Unit]:
@@ -253,7 +250,7 @@ def _hellaswag(material: Material) -> Iterator[Unit]:
         raise ConfigError("suite hellaswag: needs HellaSwag's validation set as JSONL: --hellaswag FILE")
     for task in HELLASWAG_TASKS:
         questions = hellaswag_questions(material.items, task, material.seed)
-        yield from _asked("hellaswag", task, questions, HELLASWAG_CHANCE, material, writes=False)
+        yield from _asked("hellaswag", task, questions, HELLASWAG_CHANCE, writes=False)
 
 
 def _chunks(material: Material) -> Iterator[Unit]:
@@ -302,7 +299,7 @@ def _traps(material: Material) -> Iterator[Unit]:
 
     words = word_tasks.frequent(material.word_counts, 5000)
     questions = traps.questions(words, cut, material.sizes.items, material.seed)
-    yield from _asked("traps", material.tokenizer.name, questions, traps.CHANCE, material)
+    yield from _asked("traps", material.tokenizer.name, questions, traps.CHANCE)
 
 
 def _variants(material: Material) -> Iterator[Unit]:

@@ -96,14 +96,14 @@ def test_lengths_of_units(lengths):
 
 def test_figures_of_units_at_spaces():
     texts = [("naïve words of a text, and more of it " * 5).encode()] * 2
-    metrics, details = chunk_unit(Entrant("s", "x", Spaces()), texts, 0)
+    metrics, details = chunk_unit(Entrant("s", Spaces()), texts, 0)
     assert metrics["word_recall_0"] == metrics["word_precision_0"] == 1 < metrics["word_lift_0"]
     assert metrics["at_space_0"] == 1 and metrics["inside_character_0"] == 0 and metrics["stability_0"] == 1
     assert sum(details["lengths_0"]) == 2 * 45 and details["passage"].startswith("naïve")
     inside = Spaces(lambda text: [i for i, b in enumerate(text) if b & 0xC0 == 0x80])
-    assert chunk_unit(Entrant("s", "x", inside), texts, 0)[0]["inside_character_0"] == 1
+    assert chunk_unit(Entrant("s", inside), texts, 0)[0]["inside_character_0"] == 1
     everywhere = Spaces(lambda text: list(range(1, len(text))))
-    metrics, _ = chunk_unit(Entrant("s", "x", everywhere), texts, 0)
+    metrics, _ = chunk_unit(Entrant("s", everywhere), texts, 0)
     assert metrics["bytes_per_unit_0"] == 1 and metrics["word_lift_0"] == pytest.approx(1)
 
 
@@ -121,10 +121,10 @@ def test_morphemes(tmp_path):
     words = read_morphemes(path)
     assert words == [("walked", [4]), ("unkindly", [2, 6]), ("dogs", [3])]
     perfect = Spaces(lambda text: [1, *(1 + c for c in dict(words)[text[1:].decode()])])
-    found, _ = morpheme_unit(Entrant("m", "x", perfect), words)
+    found, _ = morpheme_unit(Entrant("m", perfect), words)
     assert found["f1"] == 1 and found["lift"] > 1
     every = Spaces(lambda text: list(range(1, len(text))))
-    found, _ = morpheme_unit(Entrant("m", "x", every), words)
+    found, _ = morpheme_unit(Entrant("m", every), words)
     assert found["recall"] == 1 and found["lift"] == pytest.approx(1) and found["density"] == 1
     path.write_text("ran\trun\n")
     with pytest.raises(ConfigError, match="whose morphemes spell the word"):
@@ -135,9 +135,9 @@ def test_languages(tmp_path):
     (tmp_path / "en.txt").write_text("one two\nthree\n")
     (tmp_path / "xx.txt").write_text("uno due tre\nquattro cinque\n")
     texts = read_parallel(tmp_path, 0)
-    found, _ = language_unit(Entrant("s", "x", Spaces()), texts["xx"])
+    found, _ = language_unit(Entrant("s", Spaces()), texts["xx"])
     assert (found["bytes"], found["units"]) == (25, 5) and found["nats"] == pytest.approx(25 * math.log(256))
-    results = [Result(t, "s", "languages", t, language_unit(Entrant("s", "x", Spaces()), texts[t])[0]) for t in texts]
+    results = [Result(t, "s", "languages", t, language_unit(Entrant("s", Spaces()), texts[t])[0]) for t in texts]
     (table,) = Summary(results).tables()
     assert table.rows == [["s, bytes", "1.00", "2.08"], ["s, units", "1.00", "1.67"], ["s, bits", "1.00", "2.08"]]
     (tmp_path / "yy.txt").write_text("only one line\n")

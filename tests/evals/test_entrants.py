@@ -36,10 +36,10 @@ def test_an_encoder_decoder_continues(lm):
 
 def test_what_is_asked_of_whom(lm):
     (byte,), (other,) = entrants("e", lm), entrants("u", uniform())
-    assert not byte.bits and other.bits and other.family == "other"
+    assert not byte.bits and other.bits
     config = flat()
     (network_,) = entrants("n", NetworkLM(config, network(config)[1], 32))
-    assert network_.family == "flat" and network_.bits and network_.sampled
+    assert network_.bits
     variants = units(["variants"], Material(), False)
     assert [u.fits(byte) for u in variants] == [True]
 

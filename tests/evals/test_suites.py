@@ -124,7 +124,7 @@ def test_choices_equal_brute_force_of_a_bigram_model():
 
 def test_all_suites_of_a_uniform_model(material):
     """Eight bits everywhere; contexts that do not help recover nothing."""
-    entrant = Entrant("uniform", "table", uniform())
+    entrant = Entrant("uniform", uniform())
     results = []
     for unit in units([n for n in SUITES if n not in ("languages", "morphemes", "traps")], material, written=True):
         if unit.fits(entrant):
@@ -145,7 +145,7 @@ def test_all_suites_of_a_uniform_model(material):
 def test_written_answers(material):
     for task in ("spell", "sub_word", "orth"):
         questions = cute.questions(material.cute, task, 0)
-        entrant = Entrant("knows", "table", Knows(questions))
+        entrant = Entrant("knows", Knows(questions))
         unit = next(u for u in units(["cute"], material, True) if (u.suite, u.task) == ("cute-written", task))
         metrics, details = unit.run(entrant)
         assert metrics["accuracy"] == 1, details
