@@ -109,7 +109,8 @@ class Summary:
             cells = [f"{shown(s[2], 0)} ({shown(s[3][0], 0)} to {shown(s[3][1], 0)})" for s in scores]
             columns.append(("robustness (95 %)", cells))
         rows = [[model, *(values[n] for _, values in columns)] for n, model in enumerate(self.models)]
-        rows += [[name, shown(bpb), *[""] * (len(columns) - 1)] for name, bpb in self.lines.items() if columns]
+        if columns and columns[0][0] == "bits per byte":
+            rows += [[name, shown(bpb), *[""] * (len(columns) - 1)] for name, bpb in self.lines.items()]
         return Table("Headline", "", ["model", *(name for name, _ in columns)], rows)
 
     def record(self) -> dict[str, dict[str, dict[str, dict[str, float | None]]]]:
