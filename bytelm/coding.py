@@ -20,7 +20,6 @@ from bytelm.windows import DEFAULT_WINDOW
 
 FORMAT = 0xB1
 BITS = 48  # of the coder's bounds
-FAR = 1 << 16  # zero bits implied behind a code's end; a longer row of likeliest bytes than any text ends with
 TOTAL = 1 << 32  # into which a byte's probabilities are rounded
 _TOP, _HALF, _QUARTER = (1 << BITS) - 1, 1 << (BITS - 1), 1 << (BITS - 2)
 
@@ -59,10 +58,11 @@ class Encoder:
         self._waiting = 0
 
     def finish(self) -> bytes:
-        """The code; zero bits behind its end are implied."""
+        """The code. All of it is kept, zeros too: a text of a byte that always has the lowest stretch is nothing else,
+        and the decoder can tell a code that was cut off from one that ends."""
         self._waiting += 1
         self._put(int(self._low >= _QUARTER))
-        return np.packbits(np.frombuffer(self._bits, np.uint8)).tobytes().rstrip(b"\0")
+        return np.packbits(np.frombuffer(self._bits, np.uint8)).tobytes()
 
 
 class Decoder:
@@ -74,10 +74,9 @@ class Decoder:
         for _ in range(BITS):
             self._value = self._value << 1 | self._bit()
 
-    @property
-    def past(self) -> int:
-        """Bits read beyond the end of the code."""
-        return self._past
+    def overrun(self) -> bool:
+        """Whether more was read than the code has: it looks as far ahead as its bounds are wide, and no further."""
+        return self._past > BITS
 
     def _bit(self) -> int:
         bit = next(self._bits, None)
@@ -197,7 +196,7 @@ def decompress(lm: ByteLM, code: bytes) -> bytes:
         if not 0 <= byte < 256:
             raise CodeError("the compressed text is damaged")
         decoder.read(int(ends[byte]), int(ends[byte + 1]), total)
-        if decoder.past > FAR:
+        if decoder.overrun():
             raise CodeError("the compressed text is cut off, or its length is damaged")
         text.append(byte)
         law.take(n, byte)

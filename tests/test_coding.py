@@ -30,10 +30,24 @@ def test_coder_gives_back_what_was_written(symbols):
     bits = sum(-math.log2(sizes[symbol] / sum(sizes)) for symbol, sizes in symbols)
     assert 8 * len(code) <= bits + 0.01 + 16
     decoder = Decoder(code)
+    assert not decoder.overrun()
     for symbol, sizes in symbols:
         ends = np.cumsum([0, *sizes])
         assert ends[symbol] <= decoder.place(int(ends[-1])) < ends[symbol + 1]
         decoder.read(int(ends[symbol]), int(ends[symbol + 1]), int(ends[-1]))
+
+
+@pytest.mark.parametrize("low,high", [(0, 1), (255, 256), (100, 101)])
+def test_a_long_row_of_one_symbol_is_told_from_a_code_that_is_cut_off(low, high):
+    encoder = Encoder()
+    for _ in range(20_000):  # NUL after NUL: a code of zeros
+        encoder.write(low, high, 256)
+    code = encoder.finish()
+    for cut, whole in ((len(code), True), (len(code) - 30, False)):
+        decoder = Decoder(code[:cut])
+        for _ in range(20_000):
+            decoder.read(low, high, 256)
+        assert decoder.overrun() != whole
 
 
 FAMILIES = {"flat": flat(FULL), "hybrid": flat(HYBRID), "hnet": hnet(1), "hat": hat()}

@@ -211,7 +211,7 @@ def read_morphemes(path: Path) -> list[tuple[str, list[int]]]:
 
 def morpheme_unit(entrant: Entrant, words: Sequence[tuple[str, Sequence[int]]]) -> tuple[dict[str, float], dict]:
     """Agreement of units inside words with morphemes, each word behind a space. Boundaries of the innermost level."""
-    metrics = dict.fromkeys(("hits", "boundaries", "morphemes", "places", "by_chance"), 0.0)
+    metrics = dict.fromkeys(("hits", "boundaries", "morphemes", "places"), 0.0)
     for word, cuts in words:
         text = b" " + word.encode()
         inner = {s - 1 for s in unit_starts(entrant.lm, text)[-1].tolist() if s > 1}

@@ -34,15 +34,13 @@ class Passage:
 def passages(corpus: Corpus, count: int, context: int = CONTEXT, text: int = CONTINUATION) -> list[Passage]:
     """At most `count` passages at even distances over the documents that are long enough, which do not overlap."""
     size = context + text
-    fitting = [(i, n) for i, n in enumerate(corpus.lengths.tolist()) if n >= size + 6]  # and both ends may move by 3
-    rooms = np.cumsum([n // (size + 6) for _, n in fitting])
-    total = int(rooms[-1]) if fitting else 0
+    each = corpus.lengths // (size + 6)  # both ends may move by 3
+    rooms = np.cumsum(each)
+    total = int(rooms[-1]) if len(rooms) else 0
     found = []
     for place in (np.arange(min(count, total)) * total // max(min(count, total), 1)).tolist():
-        document = int(np.searchsorted(rooms, place, side="right"))
-        index, length = fitting[document]
-        within = place - (int(rooms[document - 1]) if document else 0)
-        start = within * (length // (length // (size + 6)))
+        index = int(np.searchsorted(rooms, place, side="right"))
+        start = int((place - rooms[index] + each[index]) * (corpus.lengths[index] // each[index]))
         data = corpus.read(index, start, start + size + 3)
         first = next((k for k in range(min(4, len(data))) if data[k] & 0xC0 != 0x80), 0)
         middle = first + _word_end(data[first : first + context])

@@ -25,14 +25,14 @@ READER = ("embed", "encoder", "pool")  # the parameters that are taught
 
 
 class Words:
-    """Rows of training text with a number for each word, and the embedding that goes with each number."""
+    """Rows of training text, drawn at random, and what each of their words should become."""
 
     def __init__(self, config: Config, sources: Sequence[Corpus], vocabulary: Vocabulary, embeddings: NDArray):
         assert isinstance(config.model, HATConfig)
         self.rule, self.most, self.length = config.model.rule, config.model.max_word, config.data.seq_len
         self.ids, self.vocabulary, self.embeddings = byte_ids(config.model, "replace"), vocabulary, embeddings
-        self.places = [(corpus, i) for corpus in sources for i in range(len(corpus))]
-        self.ends = np.cumsum([int(corpus.lengths[i]) for corpus, i in self.places])
+        self.sources, self.ends = sources, [np.cumsum(corpus.lengths) for corpus in sources]
+        self.sizes = np.array([ends[-1] for ends in self.ends], np.float64)
         self.rng = np.random.default_rng([config.train.seed, 0x776F7264])
         self.known: dict[bytes, NDArray | None] = {}
 
@@ -54,8 +54,9 @@ class Words:
         wanted = np.zeros((ROWS, self.length, self.embeddings.shape[1]), np.float32)
         known = np.zeros((ROWS, self.length), bool)
         for row in range(ROWS):
-            place = int(np.searchsorted(self.ends, self.rng.integers(self.ends[-1]), side="right"))
-            corpus, document = self.places[place]
+            source = int(self.rng.choice(len(self.sources), p=self.sizes / self.sizes.sum()))
+            corpus, ends = self.sources[source], self.ends[source]
+            document = int(np.searchsorted(ends, self.rng.integers(ends[-1]), side="right"))
             room = max(int(corpus.lengths[document]) - self.length + 1, 0)
             first = int(self.rng.integers(room + 1))
             text = self.ids.clean(corpus.read(document, first, first + self.length - 1))[: self.length - 1]
@@ -73,7 +74,7 @@ class Words:
 def teach_words(
     config: Config, params: Params, blocks: Blocks, vocabulary: Vocabulary, sources: Sequence[Corpus]
 ) -> tuple[Params, float, float]:
-    """(parameters with a taught word reader, its error at the end as a share of the embeddings' variance, FLOPs)."""
+    """(parameters with a taught word reader, its error at the end over the embeddings' mean square, FLOPs)."""
     model, steps = config.model, config.train.word_steps
     assert isinstance(model, HATConfig)
     graph, _ = structure(model)
