@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 import bytelm
-from bytelm.config import ConfigError
+from bytelm.config import ConfigError, TokensConfig
 from bytelm.vocab import complete_prefix
 
 EXIT_OK, EXIT_CHECK_FAILED = 0, 1
@@ -87,8 +87,9 @@ class ConvertOptions:
 
 def convert(args: list[str]) -> int:
     from bytelm.interop.published import is_model, open_model, save_hf, save_hnet
+    from bytelm.interop.trained_tokens import save_token_lm
     from bytelm.interop.weights import save_weights
-    from bytelm.lm import load_run
+    from bytelm.lm import load_run, load_vocabulary, tokenizer_of
 
     options = tyro.cli(ConvertOptions, args=args, prog="bytelm convert")
     if options.target.exists() and any(options.target.iterdir() if options.target.is_dir() else [options.target]):
@@ -99,7 +100,13 @@ def convert(args: list[str]) -> int:
     else:
         config, params = load_run(options.source, options.checkpoint)
         model, context = config.model, config.data.seq_len
-    if options.to == "hnet":
+    if isinstance(model, TokensConfig):
+        if options.to == "hnet":
+            raise ConfigError("--to hnet: a model of tokens is no H-Net")
+        vocabulary, file = load_vocabulary(options.source, model.vocabulary), tokenizer_of(options.source)
+        assert file is not None and vocabulary.start is not None
+        save_token_lm(options.target, file, vocabulary.start, vocabulary.ends[0], model, params, context, options.dtype)
+    elif options.to == "hnet":
         save_hnet(options.target, model, params, options.dtype)
     elif options.to == "hf":
         save_hf(options.target, model, params, options.dtype)

@@ -23,6 +23,7 @@ from bytelm.model_config import (
     Remat,
     SSMConfig,
     StackConfig,
+    TokensConfig,
     parse_arch_layout,
     parse_layout,
     require,
@@ -55,6 +56,7 @@ __all__ = [
     "SpaceByteConfig",
     "StackConfig",
     "T5Config",
+    "TokensConfig",
     "TrainConfig",
     "UnitConfig",
     "longest_row",
@@ -65,7 +67,9 @@ __all__ = [
 
 # Families that cut rows into units, in slots.
 UnitConfig = HNetConfig | HATConfig | SpaceByteConfig | MegaByteConfig | BLTConfig
-ModelConfig = FlatConfig | HNetConfig | T5Config | HATConfig | SpaceByteConfig | MegaByteConfig | BLTConfig
+ModelConfig = (
+    FlatConfig | TokensConfig | HNetConfig | T5Config | HATConfig | SpaceByteConfig | MegaByteConfig | BLTConfig
+)
 
 
 def longest_row(model: ModelConfig, otherwise: int) -> int:
@@ -99,7 +103,8 @@ class DataConfig:
         "text"  # text to go on with; for encoder-decoders: corrupted text, a diagnostic, or lines "input TAB target"
     )
     text_field: str = "text"  # field of a jsonl record that holds the text
-    reserved: Literal["error", "replace"] = "error"  # bytes the model keeps for itself (H-Net: FE, FF): or U+FFFD
+    reserved: Literal["error", "replace"] = "error"  # bytes the model keeps for itself (H-Net: FE, FF), or
+    # cannot read (of tokens: what is no UTF-8): refuse the text, or put U+FFFD there
     seq_len: int = 1024  # bytes per row; of an encoder-decoder, ids of its input
     target_len: int = 0  # ids of an encoder-decoder's target; 0 = what the task needs
     noise_density: float = 0.15  # spans: share of the text taken out
@@ -115,7 +120,10 @@ class DataConfig:
     prefetch: int = 64  # rows each worker keeps ready
     marks: Literal["stored", "step"] = "stored"  # patches by entropy: found once for the whole text and kept in
     # cache_dir, or in every training step
-    cache_dir: str = ""  # where decompressed text and patches are kept; empty = ~/.cache/bytelm
+    tokenizer: str = ""  # of family tokens: a tokenizer.json; empty = byte pairs learned from the training text
+    token_splits: float = 0.0  # family tokens: StochasTok: so many random splits of a token into two, for each token
+    merge_dropout: float = 0.0  # family tokens: BPE-dropout: share of merges left out, anew each time a text is read
+    cache_dir: str = ""  # where decompressed text, patches and tokens are kept; empty = ~/.cache/bytelm
 
     def __post_init__(self):
         require(len(self.train) > 0, "data.train is empty: name at least one file or glob")
@@ -131,6 +139,12 @@ class DataConfig:
         require(self.mean_span >= 1, f"data.mean_span={self.mean_span}: must be at least 1")
         for name in ("piece_bytes", "shards", "workers", "target_len"):
             require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)}: must not be negative")
+        require(self.token_splits >= 0, f"data.token_splits={self.token_splits}: must not be negative")
+        require(0 <= self.merge_dropout < 1, f"data.merge_dropout={self.merge_dropout}: must be in [0, 1)")
+        require(
+            not (self.token_splits and self.merge_dropout),
+            "data.token_splits and data.merge_dropout both cut words anew: choose one",
+        )
         require(0 <= self.valid_fraction < 1, f"data.valid_fraction={self.valid_fraction}: must be in [0, 1)")
         require(
             self.batch_size % self.streams == 0,
@@ -324,6 +338,16 @@ class Config:
                 f"data.seq_len={self.data.seq_len}: model.positions={positions} learned positions are too few, it "
                 f"needs {needed}; shorten the rows, or set model.positions=0",
             )
+        d, tokens = self.data, isinstance(self.model, TokensConfig)
+        require(
+            tokens or not (d.tokenizer or d.token_splits or d.merge_dropout),
+            f"data.tokenizer, token_splits and merge_dropout are for model.family=tokens, not {self.model.family}",
+        )
+        require(
+            not (tokens and (d.token_splits or d.merge_dropout) and d.packing == "best_fit"),
+            "data.token_splits and data.merge_dropout make pieces longer, which data.packing=best_fit cannot have: "
+            "use concat",
+        )
         reads = isinstance(self.model, T5Config)
         require(
             reads == (self.data.task != "text"),

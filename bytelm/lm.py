@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bytelm.boundaries import Boundaries, first_rows, text_boundaries
 from bytelm.byteview.byte_view import TokenizedLM
 from bytelm.byteview.token_model import TokenModel
-from bytelm.byteview.tokenizer_files import read_chat_template, read_vocabulary, token_ids
+from bytelm.byteview.tokenizer_files import read_chat_template, read_vocabulary, token_ids, vocabulary_in
 from bytelm.byteview.tokenizer_json import vocabulary_of
 from bytelm.byteview.vocabulary import Vocabulary
 from bytelm.cached_steps import CachedSteps
@@ -27,12 +27,13 @@ from bytelm.checkpoint import (
     restore_params,
     stored_config,
 )
-from bytelm.config import Config, ConfigError, HATConfig, MeshConfig, ModelConfig, T5Config, longest_row
+from bytelm.config import Config, ConfigError, HATConfig, MeshConfig, ModelConfig, T5Config, TokensConfig, longest_row
 from bytelm.data.words import WordRule
 from bytelm.generate import bucket, generate_bytes, pad_rows, visible_inputs
 from bytelm.interop import token_lm
 from bytelm.interop.gguf_file import open_gguf
 from bytelm.interop.published import NO_MODEL, is_model, open_model, open_tensors, read_record, weights_file
+from bytelm.interop.trained_tokens import decoder_params, own_config
 from bytelm.models.build import Params, byte_ids, structure, word_rule
 from bytelm.models.token_lm import token_structure
 from bytelm.parallel.mesh import make_mesh
@@ -235,9 +236,12 @@ def load(
         raise CheckpointError(f"{path}: no such file or directory")
     if path.suffix == ".gguf" or (path.is_dir() and token_lm.is_token_lm(read_record(path))):
         return _tokenized(path, dtype, mesh, semantics=semantics or "masked", beam=beam, long_text=long_text)
+    trained = tokenizer_of(path) is not None
     if mesh is not None:
-        raise ConfigError(f"mesh: {path} is no tokenized model; only those are laid over several devices to be asked")
-    if semantics is not None:
+        raise ConfigError(
+            f"mesh: {path} is no published tokenized model; only those are laid over several devices to be asked"
+        )
+    if semantics is not None and not trained:
         raise ConfigError(
             f"semantics={semantics!r}: {path} is no tokenized model, its byte probabilities mean one thing"
         )
@@ -248,6 +252,10 @@ def load(
     if config is not None:
         raise ConfigError(f"{path} is a run with a config of its own; config goes with a bare file of weights")
     run, params = load_run(path, checkpoint)
+    if isinstance(run.model, TokensConfig):
+        return _trained_tokens(
+            path, run, params, dtype, semantics=semantics or "masked", beam=beam, long_text=long_text
+        )
     kept = reserved or run.data.reserved
     return _as_lm(_with_dtype(run.model, dtype), params, run.data.seq_len, kept, wait, deletion)
 
@@ -270,8 +278,31 @@ def _tokenized(path: Path, dtype: str | None, mesh: MeshConfig | None, **options
     return TokenizedLM(TokenModel(config, params, devices), vocabulary, chat_template=template, **options)
 
 
-def load_vocabulary(path: Path) -> Vocabulary:
-    """The tokens of a tokenized model's folder or .gguf file. Raises ConfigError where there are none."""
+def tokenizer_of(path: Path) -> Path | None:
+    """The tokenizer of a run whose model reads tokens, given the run's folder or one of its checkpoints; None where
+    there is none."""
+    for folder in (path, path.parent, path.parent.parent):  # run/checkpoints/STEP
+        if (folder / "tokenizer.json").is_file() and (folder / "checkpoints").is_dir():
+            return folder / "tokenizer.json"
+    return None
+
+
+def _trained_tokens(path: Path, run: Config, params: Params, dtype: str | None, **options: Any) -> TokenizedLM:
+    model = _with_dtype(run.model, dtype)
+    assert isinstance(model, TokensConfig)
+    vocabulary = load_vocabulary(path, model.vocabulary)
+    config = own_config(model, run.data.seq_len)
+    return TokenizedLM(TokenModel(config, decoder_params(params, model)), vocabulary, **options)
+
+
+def load_vocabulary(path: Path, size: int = 0) -> Vocabulary:
+    """The tokens of a tokenized model's folder or .gguf file, or of a run whose model has `size` of them. Raises
+    ConfigError where there are none."""
+    file = tokenizer_of(path)
+    if file is not None:
+        return vocabulary_in(file, size)
+    if size:
+        raise CheckpointError(f"{path}: the run's tokenizer.json is not there any more (it stands in the run's folder)")
     if path.suffix == ".gguf":
         record, _, tokenizer = open_gguf(path)
         return vocabulary_of(tokenizer, **token_ids(record))

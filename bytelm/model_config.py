@@ -134,6 +134,34 @@ class FlatConfig:
     dtype: DType = "float32"  # compute type; parameters are float32 always
     init_std: float = 0.02  # standard deviation of the initial weights (0: 1 / sqrt(fan in))
 
+    @property
+    def symbols(self) -> int:
+        """What the model chooses the next one of."""
+        return 257
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensConfig(FlatConfig):
+    """What byte models are compared with: a flat transformer over the tokens of a tokenizer (data.tokenizer). A trained
+    one is asked for bytes through the byte view, as any tokenized model."""
+
+    family: Literal["tokens"] = "tokens"  # type: ignore[assignment]  # which model family this is
+    vocabulary: int = 4096  # tokens, the one that ends a text among them
+
+    def __post_init__(self):
+        require(self.vocabulary >= 257, f"model.vocabulary={self.vocabulary}: 256 bytes and an end need 257 at least")
+        s = self.stack
+        other = {
+            "layout": re.fullmatch(r"T\d+", s.layout) is None, "norm": s.norm != "rms", "mlp": s.mlp != "swiglu",
+            "rope_dim": s.rotary != s.head_width, "qk_norm": s.qk_norm == "all",
+        }  # fmt: skip
+        found = ", ".join(f"model.stack.{name}={getattr(s, name)!r}" for name, bad in other.items() if bad)
+        require(not found, f"{found}: the blocks of a tokenized model are those of a Llama (layout T8, and so on)")
+
+    @property
+    def symbols(self) -> int:
+        return self.vocabulary
+
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyConfig:

@@ -164,6 +164,7 @@ def _memory(config: Config, params: Any, mesh: dict[str, int], slots: tuple[int,
         memory["weights in bfloat16"] = 2 * local
     if isinstance(config.model, FlatConfig):
         activations = positions * _activation_bytes(config.model.stack, config.data.seq_len, width, mesh["tensor"])
+        vocabulary = config.model.symbols
     elif isinstance(config.model, T5Config):
         activations = rows * _t5_activation_bytes(config.model, config.data.seq_len, target_length(config.data), width,
                                                   mesh["tensor"])  # fmt: skip

@@ -46,8 +46,14 @@ def document_windows(
     text: bytes, ids: ByteIds, window: int, context: int = 0
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32], int]]:
     """(inputs, targets, first scored) of each window that scores text[context:]; inputs and targets are [<= window]."""
-    targets = np.frombuffer(text, np.uint8).astype(np.int32) + ids.offset
-    inputs = np.concatenate([[np.int32(ids.start)], targets])[:-1].astype(np.int32)
+    return row_windows(np.frombuffer(text, np.uint8).astype(np.int32) + ids.offset, ids.start, window, context)
+
+
+def row_windows(
+    targets: NDArray[np.int32], start: int, window: int, context: int = 0
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32], int]]:
+    """The same of a text's ids, behind the symbol `start`."""
+    inputs = np.concatenate([[np.int32(start)], targets])[:-1].astype(np.int32)
     for first, end, scored in scoring_windows(context, len(targets), window):
         yield inputs[first:end], targets[first:end], scored - first
 

@@ -43,7 +43,8 @@ ARROWS = {
     "plan": {"models", "nn", "parallel", "devices", "train.state", "train.capacity", "data.seq2seq"},
     "train": {"models", "nn", "data", "parallel", "checkpoint", "metrics", "devices", "interop", "generate",
               "evals.bpb", "evals.chunk_history", "evals.seq2seq",
-              "lm", "byteview.vocabulary"},  # these for word_reader
+              "lm", "byteview.vocabulary",  # these for word_reader
+              "byteview.dropout", "byteview.tokenizer_files"},  # and these for models of tokens
 }  # fmt: skip
 
 

@@ -98,7 +98,15 @@ class BytePairs(Segmenter):
         units = self.units(piece)
         return None if units is None else [unit for unit, _ in self._merge(units)]
 
-    def _merge(self, units: list[int], trace: list | None = None) -> list[tuple[int, int]]:
+    def encode_with(self, piece: bytes, dropped: Callable[[], bool]) -> list[int] | None:
+        """The tokens of a piece when each merge that comes up is left out where `dropped` says so, until another one
+        is made (BPE-dropout; Provilkov et al. 2020)."""
+        units = self.units(piece)
+        return None if units is None else [unit for unit, _ in self._merge(units, dropped=dropped)]
+
+    def _merge(
+        self, units: list[int], trace: list | None = None, dropped: Callable[[], bool] | None = None
+    ) -> list[tuple[int, int]]:
         """Merges until nothing is left to merge: (token, number of its node). `trace` receives (left node, right node,
         rank) of each merge; the nodes below len(units) are the units."""
         n = len(units)
@@ -116,11 +124,19 @@ class BytePairs(Segmenter):
         for i in range(n - 1):
             offer(i)
         alive, made = [True] * n, n
+        left_out: list[tuple[int, int, int, int]] = []
         while heap:
             rank, i, left, right = heapq.heappop(heap)
             j = after[i] if alive[i] else n
             if j >= n or ids[i] != left or ids[j] != right:
                 continue
+            if dropped is not None:
+                if dropped():
+                    left_out.append((rank, i, left, right))
+                    continue
+                for one in left_out:
+                    heapq.heappush(heap, one)
+                left_out.clear()
             if trace is not None:
                 trace.append((node[i], node[j], rank))
             ids[i], node[i], made = self._by_left[left][right][1], made, made + 1

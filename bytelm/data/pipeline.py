@@ -28,10 +28,12 @@ from bytelm.data.prepared import is_prepared
 from bytelm.data.readers import DataError
 from bytelm.data.seq2seq import Examples, make_row, target_length, training_examples
 from bytelm.data.sources import open_corpus, split_validation
+from bytelm.data.tokens import Recut, Recutting, TokenPieces, TokenText
 from bytelm.vocab import ByteIds
 
 # inputs, targets, segments (0 is padding), pieces (which piece of the text a position is of): each [b, t]; for
-# encoder-decoder models also source [b, s], for models whose units are found before training marks [b, t]
+# encoder-decoder models also source [b, s], for models whose units are found before training marks [b, t], for models
+# of tokens widths [b, t], the bytes of each target
 Batch = dict[str, NDArray[np.int32]]
 
 
@@ -76,6 +78,14 @@ def cut(sources: list[Corpus], config: DataConfig, ids: ByteIds, marks: Sequence
     return pieces
 
 
+def cut_tokens(sources: list[Corpus], config: DataConfig, tokens: Sequence[TokenText]) -> list[TokenPieces]:
+    """The same of the tokens of each source."""
+    pieces: list[TokenPieces] = []
+    for corpus, own in zip(sources, tokens, strict=True):
+        pieces.append(TokenPieces(corpus, own, _piece(config), sum(map(len, pieces))))
+    return pieces
+
+
 class _ToRow(grain.transforms.RandomMap):
     """An item of a task as a row."""
 
@@ -86,12 +96,17 @@ class _ToRow(grain.transforms.RandomMap):
         return make_row(*self.examples.example(element, rng), self.config, element["piece"])
 
 
-def records(pieces: Sequence[Pieces | Examples], config: DataConfig, seed: int) -> grain.MapDataset:
-    """The endless, shuffled, mixed sequence of pieces, or of rows of a task. Weights count pieces, not bytes."""
+def records(
+    pieces: Sequence[Pieces | TokenPieces | Examples], config: DataConfig, seed: int, recut: Recut | None = None
+) -> grain.MapDataset:
+    """The endless, shuffled, mixed sequence of pieces, or of rows of a task. Weights count pieces, not bytes. `recut`
+    cuts tokens anew."""
 
-    def one(source: Pieces | Examples, index: int) -> grain.MapDataset:
+    def one(source: Pieces | TokenPieces | Examples, index: int) -> grain.MapDataset:
         dataset = grain.MapDataset.source(source).seed(seed + index)
         dataset = (dataset.shuffle() if config.shuffle else dataset).repeat(None)
+        if isinstance(source, TokenPieces):
+            return dataset if recut is None else dataset.random_map(Recutting(recut, source.text.ids))
         return dataset if isinstance(source, Pieces) else dataset.random_map(_ToRow(source, config))
 
     datasets = [one(source, i) for i, source in enumerate(pieces)]
@@ -107,9 +122,11 @@ class StreamRows(grain.IterDataset):
     Elements are {"row": what a batch has of it, "stream": s, "state": JSON of the stream after this row}.
     """
 
-    def __init__(self, source: grain.MapDataset, config: DataConfig, streams: list[int], states: dict[int, Any]):
+    def __init__(self, source: grain.MapDataset, config: DataConfig, streams: list[int], states: dict[int, Any],
+                 fourth: str = "marks"):  # fmt: skip
+        """`fourth`: what a piece's fourth column is, where it has one."""
         super().__init__()
-        self.source, self.config, self.streams, self.states = source, config, streams, states
+        self.source, self.config, self.streams, self.states, self.fourth = source, config, streams, states, fourth
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
         """Grain's hook for worker processes: worker i of n takes every n-th stream."""
@@ -135,7 +152,7 @@ class StreamRows(grain.IterDataset):
         parent = multiprocessing.parent_process()
         if parent is not None:  # a worker ends with the training process, even if that is killed
             threading.Thread(target=exit_with, args=(parent.sentinel,), daemon=True).start()
-        return _StreamRowsIterator({stream: self._open(stream) for stream in self.streams})
+        return _StreamRowsIterator({stream: self._open(stream) for stream in self.streams}, self.fourth)
 
 
 def _from_json(state: dict[str, Any]) -> dict[str, Any]:
@@ -146,9 +163,9 @@ def _from_json(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class _StreamRowsIterator(grain.DatasetIterator):
-    def __init__(self, iterators: dict[int, grain.DatasetIterator]):
+    def __init__(self, iterators: dict[int, grain.DatasetIterator], fourth: str):
         super().__init__()
-        self._iterators = list(iterators.items())
+        self._iterators, self._names = list(iterators.items()), ("inputs", "targets", "pieces", fourth)
         self._turn = 0
 
     def __next__(self) -> dict[str, Any]:
@@ -156,7 +173,7 @@ class _StreamRowsIterator(grain.DatasetIterator):
         self._turn = (self._turn + 1) % len(self._iterators)
         row = next(iterator)
         if "columns" in row:
-            columns = dict(zip(("inputs", "targets", "pieces", "marks"), row["columns"].T))
+            columns = dict(zip(self._names, row["columns"].T))
             row = {**columns, "segments": row["columns_segment_ids"].astype(np.int32)}
         return {"row": row, "stream": stream, "state": json.dumps(iterator.get_state())}
 
@@ -176,20 +193,23 @@ class Batches:
         self,
         sources: list[Corpus],
         config: DataConfig,
-        ids: ByteIds,
+        ids: ByteIds | None,
         *,
         seed: int,
         state: dict[str, Any] | None = None,
         rows: Sequence[int] | None = None,
         marks: Sequence[Marks] = (),
+        tokens: Sequence[TokenText] = (),
+        recut: Recut | None = None,
     ):
         """`rows`: which rows of each batch to yield, in this order (several processes share them); None = all. `marks`:
-        those of each source, for a model that needs some.
+        those of each source, for a model that needs some. For a model of tokens there are no `ids` of bytes but the
+        `tokens` of each source, which `recut` cuts anew each time.
 
         Raises ConfigError when the state was saved with another number of streams or the rows split a stream.
         """
         shards = config.streams
-        if ids.replace and config.packing == "best_fit":
+        if ids is not None and ids.replace and config.packing == "best_fit":
             raise ConfigError(
                 "data.reserved=replace makes documents longer, which data.packing=best_fit cannot have: use concat, or "
                 "clean the text first"
@@ -215,6 +235,8 @@ class Batches:
         shape: list[Any] = [config.packing, config.seq_len, _piece(config), config.packing_bins, config.shuffle, seed]
         if config.task != "text":
             shape += [config.task, target_length(config), config.noise_density, config.mean_span]
+        if tokens:
+            shape += [text.path.stem for text in tokens] + [config.token_splits, config.merge_dropout]
         self._packing = shape
         if state is not None and state["packing"] != self._packing:
             raise ConfigError(
@@ -224,9 +246,14 @@ class Batches:
             )
         saved = state["streams"] if state else [None] * shards
         self._states = {stream: saved[stream] for stream in mine}
-        text = config.task == "text"
-        self._pieces = cut(sources, config, ids, marks) if text else training_examples(sources, config)
-        self._rows = _start(StreamRows(records(self._pieces, config, seed), config, mine, dict(self._states)), config)
+        if ids is None:
+            self._pieces = cut_tokens(sources, config, tokens)
+        elif config.task == "text":
+            self._pieces = cut(sources, config, ids, marks)
+        else:
+            self._pieces = training_examples(sources, config)
+        source, fourth = records(self._pieces, config, seed, recut), "widths" if tokens else "marks"
+        self._rows = _start(StreamRows(source, config, mine, dict(self._states), fourth), config)
         self._count, self._workers = len(rows), config.workers
 
     def __iter__(self) -> Iterator[Batch]:

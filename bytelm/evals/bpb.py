@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bytelm.data.corpus import Corpus
 from bytelm.vocab import ByteIds
-from bytelm.windows import document_windows
+from bytelm.windows import row_windows
 
 # (inputs, targets), int [b, t], one window per row -> ln p(target) [b, t]
 LogProbs = Callable[[NDArray[np.int32], NDArray[np.int32]], NDArray]
@@ -55,10 +55,20 @@ def first_bytes(corpus: Corpus, max_bytes: int = 0) -> Iterator[bytes]:
 def window_scorer(logprobs: LogProbs, ids: ByteIds, *, window: int, batch_size: int) -> ScoreDocuments:
     """A `ScoreDocuments` from a function over rows of static shape [batch_size, window]."""
 
+    def targets_of(text: bytes) -> NDArray[np.int32]:
+        return np.frombuffer(ids.clean(text), np.uint8).astype(np.int32) + ids.offset
+
+    return row_scorer(logprobs, targets_of, ids.start, window=window, batch_size=batch_size)
+
+
+def row_scorer(
+    logprobs: LogProbs, targets_of: Callable[[bytes], NDArray[np.int32]], start: int, *, window: int, batch_size: int
+) -> ScoreDocuments:
+    """The same for a model whose ids of a text `targets_of` gives, behind the symbol `start`."""
+
     def score(documents: list[bytes]) -> list[float]:
         totals = [0.0] * len(documents)
-        cleaned = [ids.clean(text) for text in documents]
-        rows = [(n, *row) for n, text in enumerate(cleaned) for row in document_windows(text, ids, window)]
+        rows = [(n, *row) for n, text in enumerate(documents) for row in row_windows(targets_of(text), start, window)]
         for begin in range(0, len(rows), batch_size):
             inputs, targets = (np.zeros((batch_size, window), np.int32) for _ in range(2))
             group = rows[begin : begin + batch_size]

@@ -74,7 +74,7 @@ def stack_config(c: TokenLMConfig, where: str) -> StackConfig:
 
 
 # A stack's name of a block's parameter -> ours in a token decoder.
-_IN_STACK = {
+IN_STACK = {
     "mixer_norm/scale": "attention_norm/scale", "mlp_norm/scale": "mlp_norm/scale",
     "attention/q_norm/norm/scale": "q_norm/scale", "attention/k_norm/norm/scale": "k_norm/scale",
     **{f"attention/{n}/kernel": f"{n}/kernel" for n in ("q", "k", "v", "out")},
@@ -85,7 +85,7 @@ _IN_STACK = {
 def stack_params(params: Params, config: StackConfig) -> Params:
     """The parameters of a stack (without a closing norm) from those of a token decoder."""
     blocks, run = params["blocks"], {}
-    for there, here in _IN_STACK.items():
+    for there, here in IN_STACK.items():
         if "_norm/norm" in there and config.qk_norm == "none":
             continue
         *folders, last = there.split("/")

@@ -100,7 +100,7 @@ def _scaling(rope: dict[str, Any], record: dict[str, Any], where: str) -> Rotary
 _Turn = Callable[[NDArray, TokenLMConfig], NDArray]
 
 
-def _heads(x: NDArray, c: TokenLMConfig) -> NDArray:
+def as_heads(x: NDArray, c: TokenLMConfig) -> NDArray:
     return x.T.reshape(c.d_model, -1, c.head_dim)
 
 
@@ -108,34 +108,34 @@ def _head_bias(x: NDArray, c: TokenLMConfig) -> NDArray:
     return x.reshape(-1, c.head_dim)
 
 
-def _out(x: NDArray, c: TokenLMConfig) -> NDArray:
+def as_out(x: NDArray, c: TokenLMConfig) -> NDArray:
     return x.T.reshape(c.num_heads, c.head_dim, c.d_model)
 
 
-def _turned(x: NDArray, c: TokenLMConfig) -> NDArray:
+def as_turned(x: NDArray, c: TokenLMConfig) -> NDArray:
     return x.T
 
 
-def _same(x: NDArray, c: TokenLMConfig) -> NDArray:
+def same(x: NDArray, c: TokenLMConfig) -> NDArray:
     return x
 
 
-_LLAMA: dict[str, tuple[str, _Turn]] = {
-    "attention_norm/scale": ("input_layernorm.weight", _same),
-    "mlp_norm/scale": ("post_attention_layernorm.weight", _same),
-    "q/kernel": ("self_attn.q_proj.weight", _heads), "q/bias": ("self_attn.q_proj.bias", _head_bias),
-    "k/kernel": ("self_attn.k_proj.weight", _heads), "k/bias": ("self_attn.k_proj.bias", _head_bias),
-    "v/kernel": ("self_attn.v_proj.weight", _heads), "v/bias": ("self_attn.v_proj.bias", _head_bias),
-    "out/kernel": ("self_attn.o_proj.weight", _out), "out/bias": ("self_attn.o_proj.bias", _same),
-    "q_norm/scale": ("self_attn.q_norm.weight", _same), "k_norm/scale": ("self_attn.k_norm.weight", _same),
-    "gate/kernel": ("mlp.gate_proj.weight", _turned), "gate/bias": ("mlp.gate_proj.bias", _same),
-    "up/kernel": ("mlp.up_proj.weight", _turned), "up/bias": ("mlp.up_proj.bias", _same),
-    "down/kernel": ("mlp.down_proj.weight", _turned), "down/bias": ("mlp.down_proj.bias", _same),
+LLAMA: dict[str, tuple[str, _Turn]] = {
+    "attention_norm/scale": ("input_layernorm.weight", same),
+    "mlp_norm/scale": ("post_attention_layernorm.weight", same),
+    "q/kernel": ("self_attn.q_proj.weight", as_heads), "q/bias": ("self_attn.q_proj.bias", _head_bias),
+    "k/kernel": ("self_attn.k_proj.weight", as_heads), "k/bias": ("self_attn.k_proj.bias", _head_bias),
+    "v/kernel": ("self_attn.v_proj.weight", as_heads), "v/bias": ("self_attn.v_proj.bias", _head_bias),
+    "out/kernel": ("self_attn.o_proj.weight", as_out), "out/bias": ("self_attn.o_proj.bias", same),
+    "q_norm/scale": ("self_attn.q_norm.weight", same), "k_norm/scale": ("self_attn.k_norm.weight", same),
+    "gate/kernel": ("mlp.gate_proj.weight", as_turned), "gate/bias": ("mlp.gate_proj.bias", same),
+    "up/kernel": ("mlp.up_proj.weight", as_turned), "up/bias": ("mlp.up_proj.bias", same),
+    "down/kernel": ("mlp.down_proj.weight", as_turned), "down/bias": ("mlp.down_proj.bias", same),
 }  # fmt: skip
-_LLAMA_TOP = {
-    "embed/table": ("model.embed_tokens.weight", _same),
-    "norm/scale": ("model.norm.weight", _same),
-    "head/kernel": ("lm_head.weight", _turned),
+LLAMA_TOP = {
+    "embed/table": ("model.embed_tokens.weight", same),
+    "norm/scale": ("model.norm.weight", same),
+    "head/kernel": ("lm_head.weight", as_turned),
 }
 
 
@@ -150,18 +150,18 @@ def _third(n: int, bias: bool) -> _Turn:
 
 
 _GPT2: dict[str, tuple[str, _Turn]] = {
-    "attention_norm/scale": ("ln_1.weight", _same), "attention_norm/bias": ("ln_1.bias", _same),
-    "mlp_norm/scale": ("ln_2.weight", _same), "mlp_norm/bias": ("ln_2.bias", _same),
+    "attention_norm/scale": ("ln_1.weight", same), "attention_norm/bias": ("ln_1.bias", same),
+    "mlp_norm/scale": ("ln_2.weight", same), "mlp_norm/bias": ("ln_2.bias", same),
     **{f"{name}/{part}": (f"attn.c_attn.{there}", _third(n, part == "bias"))
        for n, name in enumerate("qkv") for part, there in (("kernel", "weight"), ("bias", "bias"))},
     "out/kernel": ("attn.c_proj.weight", lambda x, c: x.reshape(c.num_heads, c.head_dim, c.d_model)),
-    "out/bias": ("attn.c_proj.bias", _same),
-    "up/kernel": ("mlp.c_fc.weight", _same), "up/bias": ("mlp.c_fc.bias", _same),
-    "down/kernel": ("mlp.c_proj.weight", _same), "down/bias": ("mlp.c_proj.bias", _same),
+    "out/bias": ("attn.c_proj.bias", same),
+    "up/kernel": ("mlp.c_fc.weight", same), "up/bias": ("mlp.c_fc.bias", same),
+    "down/kernel": ("mlp.c_proj.weight", same), "down/bias": ("mlp.c_proj.bias", same),
 }  # fmt: skip
 _GPT2_TOP = {
-    "embed/table": ("wte.weight", _same), "positions/table": ("wpe.weight", _same),
-    "norm/scale": ("ln_f.weight", _same), "norm/bias": ("ln_f.bias", _same), "head/kernel": ("lm_head.weight", _turned),
+    "embed/table": ("wte.weight", same), "positions/table": ("wpe.weight", same),
+    "norm/scale": ("ln_f.weight", same), "norm/bias": ("ln_f.bias", same), "head/kernel": ("lm_head.weight", as_turned),
 }  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def params_from(
     """Parameters in the structure of `expected` out of published tensors, in the config's type, each put where
     `shardings` says as soon as it is read. Raises CheckpointError for what is missing, misshapen or left over."""
     gpt2 = not config.rope_theta
-    top, block = (_GPT2_TOP, _GPT2) if gpt2 else (_LLAMA_TOP, _LLAMA)
+    top, block = (_GPT2_TOP, _GPT2) if gpt2 else (LLAMA_TOP, LLAMA)
     prefix = "transformer." if gpt2 and any(name.startswith("transformer.") for name in tensors) else ""
     layers = f"{prefix}h" if gpt2 else "model.layers"
     used: set[str] = set()

@@ -19,6 +19,7 @@ from bytelm.config import (
     ModelConfig,
     SpaceByteConfig,
     T5Config,
+    TokensConfig,
 )
 from bytelm.data.words import WordRule
 from bytelm.models.blt import BLT
@@ -34,8 +35,8 @@ Params = dict[str, Any]  # nested dict of arrays
 
 
 FAMILIES: dict[type, Any] = {
-    FlatConfig: FlatModel, HNetConfig: HNet, T5Config: T5, HATConfig: HAT, SpaceByteConfig: SpaceByte,
-    MegaByteConfig: MegaByte, BLTConfig: BLT,
+    FlatConfig: FlatModel, TokensConfig: FlatModel, HNetConfig: HNet, T5Config: T5, HATConfig: HAT,
+    SpaceByteConfig: SpaceByte, MegaByteConfig: MegaByte, BLTConfig: BLT,
 }  # fmt: skip
 IDS = {
     FlatConfig: FLAT_IDS, HNetConfig: HNET_IDS, T5Config: T5_IDS, SpaceByteConfig: SPACEBYTE_IDS,
@@ -53,6 +54,8 @@ def byte_ids(config: ModelConfig, reserved: str = "error") -> ByteIds:
     (`reserved` error) or get U+FFFD in their place (replace)."""
     if reserved not in ("error", "replace"):
         raise ConfigError(f"reserved={reserved!r}: choose error or replace")
+    if isinstance(config, TokensConfig):
+        raise ConfigError("a model of tokens numbers no bytes: load it, and ask through the byte view")
     ids = hat_ids(config) if isinstance(config, HATConfig) else IDS[type(config)]
     return dataclasses.replace(ids, replace=reserved == "replace")
 

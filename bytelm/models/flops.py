@@ -19,10 +19,10 @@ from bytelm.config import (
     SpaceByteConfig,
     StackConfig,
     T5Config,
+    TokensConfig,
     UnitConfig,
     parse_layout,
 )
-from bytelm.vocab import NUM_SYMBOLS
 
 TRAIN_FACTOR = 3
 
@@ -52,6 +52,8 @@ def target_bytes_per_chunk(config: ModelConfig) -> tuple[float, ...]:
     """Bytes per unit of each level before anything is measured. H-Net: if every level meets its target, the products of
     the targets; words and patches: what English has (4.4 with the Unicode rule, else 5.5), the patch, or 4.5 by
     entropy, where the threshold decides."""
+    if isinstance(config, TokensConfig):
+        return (3.5,)  # of 4,096 tokens on English
     if isinstance(config, MegaByteConfig):
         return (float(config.patch),)
     if isinstance(config, SpaceByteConfig):
@@ -150,10 +152,11 @@ def blt_flops(c: BLTConfig, t: float, span: float) -> float:
 
 
 def forward_flops(config: FlatConfig | UnitConfig, t: int, bytes_per_chunk: Sequence[float] = ()) -> float:
-    """Forward FLOPs per byte of a model on rows of t bytes. `bytes_per_chunk`: bytes per unit of each level (default:
-    `target_bytes_per_chunk`)."""
+    """Forward FLOPs per byte of a model on rows of t bytes (or tokens). `bytes_per_chunk`: bytes per unit of each
+    level, or per token (default: `target_bytes_per_chunk`)."""
     if isinstance(config, FlatConfig):
-        return stack_flops(config.stack, t) + 2 * config.stack.d_model * NUM_SYMBOLS
+        each = stack_flops(config.stack, t) + 2 * config.stack.d_model * config.symbols
+        return each / (bytes_per_chunk or target_bytes_per_chunk(config) or (1.0,))[0]
     spans = (1.0, *(bytes_per_chunk or target_bytes_per_chunk(config)))
     if isinstance(config, HATConfig):
         return hat_flops(config, t, spans[1])

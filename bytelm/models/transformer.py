@@ -1,6 +1,7 @@
-"""The flat byte model: embedding, one stack of attention and Mamba-2 blocks, head.
+"""The flat model: embedding, one stack of attention and Mamba-2 blocks, head.
 
-Ids 0-255 are bytes; 256 stands in front of a document and ends it. The table is padded to a multiple of 128 rows.
+Ids 0-255 are bytes; 256 stands in front of a document and ends it. Of a model over tokens they are the tokenizer's. The
+table is padded to a multiple of 128 rows.
 """
 
 import jax.numpy as jnp
@@ -14,25 +15,32 @@ from bytelm.nn.layers import Embedding, Linear
 from bytelm.nn.stack import Stack
 from bytelm.vocab import FLAT_IDS, NUM_SYMBOLS
 
-TABLE_ROWS = -(-NUM_SYMBOLS // 128) * 128
+
+def table_rows(symbols: int) -> int:
+    """Rows of a table of so many symbols."""
+    return -(-symbols // 128) * 128
+
+
+TABLE_ROWS = table_rows(NUM_SYMBOLS)
 
 
 class FlatModel(nnx.Module):
-    """A flat decoder over bytes; logits have v = 257 entries, in float32 or wider."""
+    """A flat decoder over bytes or tokens; logits have v = 257 entries, or one a token, in float32 or wider."""
 
     ids = FLAT_IDS
 
     def __init__(self, config: FlatConfig, *, rngs: nnx.Rngs):
         d, std = config.stack.d_model, config.init_std
         self.config = config
-        self.embed = Embedding(TABLE_ROWS, d, std=std, dtype=config.dtype, rngs=rngs)
+        rows = table_rows(config.symbols)
+        self.embed = Embedding(rows, d, std=std, dtype=config.dtype, rngs=rngs)
         self.stack = Stack(config.stack, std=std, dtype=config.dtype, rngs=rngs)
         if not config.tie_embeddings:
-            self.head = Linear((d,), (TABLE_ROWS,), std=std, dtype=config.dtype, rngs=rngs, widen=True)
+            self.head = Linear((d,), (rows,), std=std, dtype=config.dtype, rngs=rngs, widen=True)
 
-    def _logits(self, y, symbols: int = NUM_SYMBOLS):
+    def _logits(self, y, symbols: int = 0):
         logits = self.embed.attend(y) if self.config.tie_embeddings else self.head(y)
-        return logits[..., :symbols]
+        return logits[..., : symbols or self.config.symbols]
 
     def __call__(
         self,

@@ -1,5 +1,6 @@
 """What a run measures of its current weights: held-out bits per byte, and where they cut a text."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +11,14 @@ from bytelm.boundaries import Boundaries, first_rows, text_boundaries
 from bytelm.config import Config, T5Config, longest_row
 from bytelm.data.corpus import Corpus
 from bytelm.data.seq2seq import heldout_examples, heldout_rows
-from bytelm.evals.bpb import BitsPerByte, bits_per_byte, first_bytes, window_scorer
+from bytelm.evals.bpb import BitsPerByte, LogProbs, bits_per_byte, first_bytes, row_scorer, window_scorer
 from bytelm.evals.seq2seq import TargetScore, score_targets
 from bytelm.models.build import byte_ids
 from bytelm.models.t5_report import SCORED
 from bytelm.parallel.hosts import rows_here
 from bytelm.train.state import Setup
 from bytelm.train.step import make_eval_step, make_report_step, place_batch
+from bytelm.train.tokens import Tokenizer
 from bytelm.vocab import complete_prefix
 from bytelm.windows import DEFAULT_WINDOW
 
@@ -28,7 +30,6 @@ class Evaluation:
 
     def __init__(self, config: Config, mesh: Mesh, eval_step: Any, text: Corpus):
         self.config, self.mesh, self.eval_step, self.text = config, mesh, eval_step, text
-        self.ids = byte_ids(config.model, config.data.reserved)
         window = config.eval.window or min(config.data.seq_len, DEFAULT_WINDOW)
         self.window = min(window, longest_row(config.model, window))
         self.rows = config.eval.batch_size or config.data.batch_size
@@ -42,8 +43,12 @@ class Evaluation:
         def logprobs(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
             return np.asarray(self._step(params, inputs, targets)[0])
 
-        score = window_scorer(logprobs, self.ids, window=self.window, batch_size=self.rows)
-        return bits_per_byte(score, first_bytes(self.text, max_bytes), self.window)
+        return self._measure(logprobs, first_bytes(self.text, max_bytes))
+
+    def _measure(self, logprobs: LogProbs, documents: Iterable[bytes]) -> BitsPerByte:
+        ids = byte_ids(self.config.model, self.config.data.reserved)
+        score = window_scorer(logprobs, ids, window=self.window, batch_size=self.rows)
+        return bits_per_byte(score, documents, self.window)
 
     def boundaries(self, params: Any, text: bytes) -> list[Boundaries]:
         """Where the weights cut a text; no levels for a model without chunks."""
@@ -53,7 +58,8 @@ class Evaluation:
             inputs[0, : len(row)] = row
             return first_rows(self._step(params, inputs, inputs)[1])
 
-        return text_boundaries(levels_of, text, self.ids, self.window)
+        ids = byte_ids(self.config.model, self.config.data.reserved)
+        return text_boundaries(levels_of, text, ids, self.window)
 
     def watched_text(self) -> bytes:
         """The text whose chunks the report follows: train.watch_text, or the start of the held-out text."""
@@ -65,6 +71,22 @@ class Evaluation:
         batch = {"inputs": inputs[self._mine], "targets": targets[self._mine]}
         placed = place_batch(batch, self.mesh, self._mine, self.rows)
         return self.eval_step(params, placed["inputs"], placed["targets"])
+
+
+class TokenEvaluation(Evaluation):
+    """The same for a model of tokens: bits of the tokenizer's own tokens over the bytes of the text. The window counts
+    tokens."""
+
+    def __init__(self, config: Config, mesh: Mesh, eval_step: Any, text: Corpus, tokenizer: Tokenizer):
+        super().__init__(config, mesh, eval_step, text)
+        self.tokenizer = tokenizer
+
+    def _measure(self, logprobs: LogProbs, documents: Iterable[bytes]) -> BitsPerByte:
+        def targets_of(text: bytes) -> np.ndarray:
+            return np.array(self.tokenizer.encode(text, "the held-out text"), np.int32)
+
+        score = row_scorer(logprobs, targets_of, self.tokenizer.ids.start, window=self.window, batch_size=self.rows)
+        return bits_per_byte(score, (text[: complete_prefix(text)] for text in documents), self.window)
 
 
 class TargetEvaluation:
@@ -101,8 +123,12 @@ class TargetEvaluation:
         return []
 
 
-def make_evaluation(config: Config, mesh: Mesh, setup: Setup, text: Corpus) -> Evaluation | TargetEvaluation:
+def make_evaluation(
+    config: Config, mesh: Mesh, setup: Setup, text: Corpus, tokenizer: Tokenizer | None = None
+) -> Evaluation | TargetEvaluation:
     """What measures the weights of a run."""
+    if tokenizer is not None:
+        return TokenEvaluation(config, mesh, make_eval_step(config, setup), text, tokenizer)
     if isinstance(config.model, T5Config):
         return TargetEvaluation(config, mesh, make_report_step(config, setup), text)
     return Evaluation(config, mesh, make_eval_step(config, setup), text)

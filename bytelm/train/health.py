@@ -71,5 +71,5 @@ class Health:
 
 
 def with_bits(metrics: dict[str, float]) -> dict[str, float]:
-    """A step's metrics with bits per byte added."""
-    return {"bpb": metrics["nll"] / math.log(2), **metrics}
+    """A step's metrics with bits per byte added (of an encoder-decoder per target id)."""
+    return {"bpb": metrics["nll"] / math.log(2) / metrics.get("bytes_per_token", 1.0), **metrics}

@@ -94,7 +94,7 @@ def with_parts(config: Config) -> Config:
                 f"train.patcher={config.train.patcher}: this {model.family} model has no patches by entropy"
             )
         flat, _ = _open(config.train.patcher, "train.patcher")
-        if not isinstance(flat, FlatConfig):
+        if type(flat) is not FlatConfig:
             raise ConfigError(f"train.patcher={config.train.patcher}: a {flat.family} model; only a flat one can be it")
         rule = dataclasses.replace(rule, stack=flat.stack, tie_embeddings=flat.tie_embeddings, symbols=NUM_SYMBOLS)
         model = dataclasses.replace(model, patcher=rule)

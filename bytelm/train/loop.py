@@ -26,7 +26,7 @@ from bytelm.checkpoint import (
     stored_config,
 )
 from bytelm.codec import differences, dumps, to_dict
-from bytelm.config import Config, ConfigError, HostsConfig, T5Config
+from bytelm.config import Config, ConfigError, HostsConfig, T5Config, TokensConfig
 from bytelm.data.pipeline import Batches, join_states, load_text
 from bytelm.data.readers import DataError
 from bytelm.data.seq2seq import target_length
@@ -51,6 +51,7 @@ from bytelm.train.signals import stop_on_signal
 from bytelm.train.speed import Speed
 from bytelm.train.state import init_state, plan_state
 from bytelm.train.step import make_train_step, place_batch
+from bytelm.train.tokens import open_tokenizer, text_tokens
 
 __all__ = ["Diverged", "Interrupted", "Result", "train"]
 
@@ -85,7 +86,7 @@ def train(config: Config) -> Result:
     check_rows(mesh, config.data.batch_size, config.train.grad_accum)
     check_rows(mesh, config.eval.batch_size or config.data.batch_size, name="eval.batch_size")
     mine = hosts.rows_here(mesh, config.data.batch_size)
-    ids = byte_ids(config.model, config.data.reserved)
+    ids = None if isinstance(config.model, TokensConfig) else byte_ids(config.model, config.data.reserved)
     sources, heldout_text = load_text(config.data)
     several, first = hosts.several(), hosts.is_first()
     matmul_rate = measured_matmul_rate(config.model.dtype)  # outside the mesh: of one device, and of this process
@@ -93,6 +94,7 @@ def train(config: Config) -> Result:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_own(run_dir, first))
+        tokenizer = open_tokenizer(config, run_dir, sources, progress.note) if ids is None else None
         checkpoints = Checkpoints(run_dir, config.checkpoint)
         stack.callback(checkpoints.close)
         stack.enter_context(jax.set_mesh(mesh))
@@ -116,7 +118,12 @@ def train(config: Config) -> Result:
         if meta.get("best_over") != _best_over(config):  # evaluations of other text or size do not compare
             best = None
         marks = text_marks(config, sources, state["params"], setup.replicated, progress.note)
-        batches = Batches(sources, config.data, ids, seed=config.train.seed, state=data_state, rows=mine, marks=marks)
+        tokens, recut = (), None
+        if tokenizer is not None:
+            tokens = text_tokens(tokenizer, sources, config.data.cache_dir, progress.note)
+            recut = tokenizer.recut(config.data)
+        batches = Batches(sources, config.data, ids, seed=config.train.seed, state=data_state, rows=mine, marks=marks,
+                          tokens=tokens, recut=recut)  # fmt: skip
         stack.callback(batches.close)
 
         log = MetricsLog(run_dir, step, config.train.tensorboard, config.train.wandb_project, writes=first)
@@ -135,7 +142,7 @@ def train(config: Config) -> Result:
                    "matmul_flops_per_second": speed.measured, **fitted})  # fmt: skip
 
         train_step = make_train_step(config, setup)
-        evaluation = make_evaluation(config, mesh, setup, heldout_text)
+        evaluation = make_evaluation(config, mesh, setup, heldout_text, tokenizer)
         stop = stack.enter_context(stop_on_signal())
         profile = stack.enter_context(_profiler(config, run_dir))
         stack.enter_context(progress)
@@ -233,6 +240,8 @@ def forward_cost(config: Config, record: dict[str, float]) -> float:
         return t5_flops(
             config.model, config.data.seq_len, target_length(config.data), trained_kept(config.model, record)
         )
+    if "bytes_per_token" in record:
+        return forward_flops(config.model, config.data.seq_len, (record["bytes_per_token"],))
     names = (f"level{level}/bytes_per_chunk" for level in itertools.count())
     spans = [record[name] for name in itertools.takewhile(record.__contains__, names)]
     return forward_flops(config.model, config.data.seq_len, spans)

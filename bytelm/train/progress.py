@@ -27,6 +27,8 @@ def amount(count: float) -> str:
 def _chunks(record: dict[str, float]) -> str:
     """Bytes per chunk of each level, and boundaries that found no slot."""
     spans = [record[name] for level in range(9) if (name := f"level{level}/bytes_per_chunk") in record]
+    if "bytes_per_token" in record:
+        return f"{record['bytes_per_token']:.1f} bytes/token · "
     if not spans:
         return ""
     dropped = sum(value for name, value in record.items() if name.endswith("/dropped"))

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from bytelm.config import Config, T5Config
+from bytelm.config import Config, T5Config, TokensConfig
 from bytelm.data.pipeline import Batch
 from bytelm.data.seq2seq import target_length
 from bytelm.models.base import Level, Network
@@ -29,8 +29,9 @@ from bytelm.train.optim import held_steps
 from bytelm.train.state import Setup, State
 
 SUMS = ("nll", "scored")  # metrics that microbatches add up to; the others are averaged
-# What a network is given of a batch; the source is for encoder-decoders, marks for models of words or entropy.
-FED = ("inputs", "targets", "segments", "source", "marks")
+# What a step is given of a batch: the source for encoder-decoders, marks for models of words or entropy, the bytes of
+# each target for models of tokens.
+FED = ("inputs", "targets", "segments", "source", "marks", "widths")
 DeviceBatch = dict[str, Array]  # FED, each [b, t]; and from several processes "wishes" [b, 2]: to stop, to save
 
 
@@ -39,6 +40,8 @@ def fed_shapes(config: Config) -> dict[str, tuple[int, int]]:
     rows, t = config.data.batch_size, config.data.seq_len
     if is_marked(config.model, config.data):
         return dict.fromkeys((*FED[:3], "marks"), (rows, t))
+    if isinstance(config.model, TokensConfig):
+        return dict.fromkeys((*FED[:3], "widths"), (rows, t))
     if not isinstance(config.model, T5Config):
         return dict.fromkeys(FED[:3], (rows, t))
     return dict.fromkeys(FED[:3], (rows, target_length(config.data))) | {"source": (rows, t)}
@@ -69,8 +72,8 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
     microbatches are summed in float32. A batch whose loss or gradient is not finite changes nothing but the counts of
     `step` and `skipped`.
     """
-    accum, end = config.train.grad_accum, byte_ids(config.model).end
-
+    accum, tokens = config.train.grad_accum, isinstance(config.model, TokensConfig)
+    end = 0 if tokens else byte_ids(config.model).end
     reads, marked = isinstance(config.model, T5Config), is_marked(config.model, config.data)
     held = held_steps(config.optim, setup.abstract["params"])
 
@@ -131,8 +134,13 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
         bad = 1 - finite.astype(jnp.int32)
         in_row, in_all = bad * (state["skipped"]["in_row"] + 1), bad + state["skipped"]["total"]
         metrics |= {"grad_norm": norm, "targets": total, "skipped_in_row": in_row, "skipped": in_all}
-        text = (batch["segments"] > 0) & (batch["targets"] != end)
-        metrics["read"] = jnp.sum(batch["source"] > end if reads else text)  # bytes of text
+        valid = batch["segments"] > 0
+        if tokens:
+            text = jnp.where(valid, batch["widths"], 0)
+            metrics["bytes_per_token"] = jnp.sum(text) / total
+        else:
+            text = batch["source"] > end if reads else valid & (batch["targets"] != end)
+        metrics["read"] = jnp.sum(text)  # bytes of text
         if "wishes" in batch:
             metrics["wishes"] = batch["wishes"].any(axis=0)
         return {**new, "step": state["step"] + 1, "skipped": {"in_row": in_row, "total": in_all}}, metrics
