@@ -35,8 +35,8 @@ def read_vocabulary(folder: Path, record: dict[str, Any]) -> Vocabulary:
 
 
 def vocabulary_in(path: Path, size: int = 0) -> Vocabulary:
-    """The vocabulary of a tokenizer.json by itself, with room for `size` tokens: a text begins with the symbol that ends
-    one, where it has none to begin it. Raises ConfigError for what cannot be read, or has no byte view."""
+    """The vocabulary of a tokenizer.json by itself, with room for `size` tokens: a text begins with the symbol that
+    ends one, where it has none to begin it. Raises ConfigError for what cannot be read, or has no byte view."""
     found = vocabulary_of(read_tokenizer_json(path), size=size)
     starts = [found.controls[name] for name in ("<s>", "<bos>", "<|begin_of_text|>") if name in found.controls]
     return dataclasses.replace(found, start=starts[0] if starts else found.ends[0])
