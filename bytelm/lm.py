@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,17 @@ from bytelm.checkpoint import (
     restore_params,
     stored_config,
 )
-from bytelm.config import Config, ConfigError, HATConfig, MeshConfig, ModelConfig, T5Config, TokensConfig, longest_row
+from bytelm.config import (
+    Config,
+    ConfigError,
+    HATConfig,
+    MeshConfig,
+    ModelConfig,
+    T5Config,
+    TokensConfig,
+    UnitConfig,
+    longest_row,
+)
 from bytelm.data.words import WordRule
 from bytelm.generate import bucket, generate_bytes, pad_rows, visible_inputs
 from bytelm.interop import token_lm
@@ -35,6 +46,7 @@ from bytelm.interop.gguf_file import open_gguf
 from bytelm.interop.published import NO_MODEL, is_model, open_model, open_tensors, read_record, weights_file
 from bytelm.interop.trained_tokens import decoder_params, own_config
 from bytelm.models.build import Params, byte_ids, structure, word_rule
+from bytelm.models.flops import target_bytes_per_chunk
 from bytelm.models.token_lm import token_structure
 from bytelm.parallel.mesh import make_mesh
 from bytelm.parallel.rules import TOKEN_RULES, state_shardings
@@ -44,10 +56,13 @@ from bytelm.vocab import REPLACEMENT, encode
 from bytelm.windows import DEFAULT_WINDOW, document_windows
 
 
-@partial(jax.jit, static_argnames="graph")
-def _forward(graph, params, symbols, inputs, marks=None):
+@partial(jax.jit, static_argnames=("graph", "slots"))
+def _forward(graph, params, symbols, inputs, lengths, marks=None, slots=None):
+    """Logits over the symbols, and the slots that rows of these lengths need at each level."""
     more = {} if marks is None else {"marks": marks}
-    return nnx.merge(graph, params)(inputs, **more).logits[..., symbols]
+    out = nnx.merge(graph, params)(inputs, capacity=slots, **more)
+    real = (level.boundary & (level.position < lengths[:, None]) for level in out.levels)
+    return out.logits[..., symbols], [jax.numpy.sum(boundary, axis=1).max() for boundary in real]
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -59,6 +74,29 @@ def _levels(graph, params, inputs):
 def _forward_last(graph, params, symbols, inputs, lengths):
     logits = nnx.merge(graph, params)(inputs).logits
     return jax.numpy.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0, symbols]
+
+
+class SlotGuess:
+    """How many slots to try for the chunks of rows to score: as many as the model's usual chunks need with a margin of
+    a half, in eighths of the row; every other place of a row of chunks would be computed for nothing. Too few are
+    noticed, and the row is computed with all: what is guessed decides the time, not the result."""
+
+    def __init__(self, config: ModelConfig):
+        spans = target_bytes_per_chunk(config) if isinstance(config, UnitConfig) else ()
+        self._shares = [min(math.ceil(8 * 1.5 / span) / 8, 1.0) for span in spans]
+        self._tries = self._misses = 0
+
+    def slots(self, width: int) -> tuple[int, ...] | None:
+        """Slots of each level for rows so wide; None: all. Rows that are short, or mostly missed, get all."""
+        if not self._shares or width < 64 or 4 * self._misses > self._tries + 4:
+            return None
+        return tuple(math.ceil(share * width) for share in self._shares)
+
+    def enough(self, slots: tuple[int, ...], needs: list[int]) -> bool:
+        """Whether rows that needed so many had them."""
+        enough = all(need <= have for need, have in zip(needs, slots, strict=True))
+        self._tries, self._misses = self._tries + 1, self._misses + (not enough)
+        return enough
 
 
 class NetworkLM(ByteLM):
@@ -91,6 +129,7 @@ class NetworkLM(ByteLM):
         self._possible = self.ids.possible()
         self._batch_bytes = batch_bytes
         self._marks: WordRule | None = None  # how rows to score are marked; None: the network finds its units
+        self._slots = SlotGuess(config)
 
     def released(self) -> "NetworkLM":
         """The same HAT, scoring as it is published: guides change with a word's first byte, before a reader of bytes
@@ -141,7 +180,7 @@ class NetworkLM(ByteLM):
             for n, (context, text) in enumerate(cleaned)
             for start, x, y in self._text_windows(context, text, window)
         ]
-        for group, padded, _ in self._batches([x for _, _, x, _ in rows]):
+        for group, padded, lengths in self._batches([x for _, _, x, _ in rows]):
             marks = None
             if self._marks is not None:
                 marks = np.zeros(padded.shape, np.int32)
@@ -149,13 +188,21 @@ class NetworkLM(ByteLM):
                     _, _, x, y = rows[row]  # with the byte behind the inputs, whose first bytes may be the row's last
                     text = x.astype(np.uint8).tobytes() + bytes([y[-1]])
                     line[: len(x)] = self._marks.marks(text)[: len(x)]
-            logits = np.asarray(_forward(self.graph, self.params, self._symbols, padded, marks))
+            logits = self._logits(padded, lengths, marks)
             for line, row in zip(logits, group):
                 n, start, x, y = rows[row]
                 scored = log_softmax(line[len(x) - len(y) : len(x)], self._possible)
                 scores[n][start : start + len(y)] = scored[np.arange(len(y)), y]
                 greedy[n][start : start + len(y)] = scored.argmax(axis=1) == y
         return [self._score(text, s, g) for (_, text), s, g in zip(originals, scores, greedy)]
+
+    def _logits(self, padded: NDArray[np.int32], lengths: NDArray[np.int32], marks: NDArray | None) -> NDArray:
+        """Logits of rows, [b, t, 257]: with few slots for chunks, and where those were not enough, with all."""
+        slots = self._slots.slots(padded.shape[1])
+        logits, needs = _forward(self.graph, self.params, self._symbols, padded, lengths, marks, slots)
+        if slots is not None and not self._slots.enough(slots, [int(need) for need in needs]):
+            logits, _ = _forward(self.graph, self.params, self._symbols, padded, lengths, marks)
+        return np.asarray(logits)
 
     def _score(self, text: bytes, logs: NDArray[np.float64], greedy: NDArray[np.bool_]) -> Score:
         """A score per byte of the caller's text: a replaced byte has the sum of what stands in its place."""

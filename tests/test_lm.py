@@ -11,8 +11,9 @@ from flax import nnx
 from bytelm.config import ConfigError
 from bytelm.generate import draw, visible_inputs
 from bytelm.lm import NetworkLM, load, log_softmax
+from bytelm.models.build import init_params
 from bytelm.vocab import FLAT_IDS
-from tiny import FULL, HYBRID, flat, network
+from tiny import FULL, HYBRID, flat, hat, hnet, network, spacebyte
 
 WINDOW = 24
 
@@ -198,3 +199,21 @@ def test_load_names_models_it_does_not_know(tmp_path):
     (tmp_path / "config.json").write_text('{"arch_layout": ["m1"]}')
     with pytest.raises(ValueError, match="expected one .pt or .safetensors file beside config.json"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("model", [hat(), hnet(1), hnet(2), spacebyte()], ids=["hat", "hnet1", "hnet2", "spacebyte"])
+def test_few_slots_for_chunks_change_no_score(model):
+    """Texts with few boundaries, with one at nearly every byte, and padding behind both."""
+    lm = NetworkLM(model, init_params(model, jax.random.key(0)), context=64)
+    texts = [b"plain words of a text " * 3, b"a b c d e f g h i j " * 6, b"x" * 64, b"\n" * 100, b"one two"]
+    found = lm.score_batch(texts)
+    tried = lm._slots._tries
+    whole = NetworkLM(model, lm.params, context=64)
+    whole._slots._shares = []
+    for a, b in zip(found, whole.score_batch(texts), strict=True):
+        np.testing.assert_allclose(a.per_byte, b.per_byte, atol=1e-5)
+    assert tried and whole._slots._tries == 0
+    lm._slots._shares = [1 / 64] * len(lm._slots._shares)  # too few for any row
+    for a, b in zip(lm.score_batch(texts), found, strict=True):
+        np.testing.assert_allclose(a.per_byte, b.per_byte, atol=1e-5)
+    assert lm._slots._misses
