@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from bytelm.config import ConfigError
 from bytelm.models.build import Params
-from bytelm.models.hnet import Stage
+from bytelm.models.hnet_stage import Stage
 from bytelm.vocab import END, ByteIds
 from bytelm.windows import visible_from
 

@@ -72,7 +72,8 @@ def test_waiting_runs_the_inner_network_less_often():
     from flax import nnx
 
     from bytelm import generate
-    from bytelm.models.hnet import HNet, Stage
+    from bytelm.models.hnet import HNet
+    from bytelm.models.hnet_stage import Stage
 
     calls = {}
     for name, quorum in (("never", 1), ("half", 4), ("all", 8)):

@@ -72,6 +72,15 @@ def smooth(
     return linear_scan(jnp.where(starts, 0, 1 - p), p[..., None] * z.astype(kind), form=form)
 
 
+def smooth_behind(
+    z: Float[Array, "b c d"], probability: Float[Array, "b c"], before: Float[Array, "b d"]
+) -> Float[Array, "b c d"]:
+    """`smooth` of chunks that follow others, which ended with `before`."""
+    p = jnp.clip(probability.astype(before.dtype), SMOOTHING_FLOOR, 1 - SMOOTHING_FLOOR)
+    scaled = p[..., None] * z.astype(before.dtype)
+    return linear_scan(1 - p, scaled.at[:, 0].add((1 - p[:, :1]) * before), form="auto")
+
+
 def smooth_step(z: Float[Array, "b d"], probability: Float[Array, " b"], before: Float[Array, "b d"]):
     """One step of `smooth`."""
     p = jnp.clip(probability.astype(before.dtype), SMOOTHING_FLOOR, 1 - SMOOTHING_FLOOR)[:, None]

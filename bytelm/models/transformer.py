@@ -4,6 +4,8 @@ Ids 0-255 are bytes; 256 stands in front of a document and ends it. Of a model o
 table is padded to a multiple of 128 rows.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -67,3 +69,12 @@ class FlatModel(nnx.Module):
         """Logits after one more input per row."""
         y, cache = self.stack.step(self.embed(inputs), cache)
         return self._logits(y), cache
+
+    def extend(self, inputs: Int[Array, "b q"], cache: StackCache) -> tuple[Float[Array, "b q v"], Any]:
+        """Logits after each of several more inputs per row, and the trail of them that `keep` reads."""
+        y, trail = self.stack.extend(self.embed(inputs), cache)
+        return self._logits(y), trail
+
+    def keep(self, cache: StackCache, trail: Any, kept: Int[Array, " b"]) -> StackCache:
+        """The cache after the first `kept` inputs of a trail."""
+        return self.stack.keep(cache, trail, kept)

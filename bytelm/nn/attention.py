@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.config import StackConfig
-from bytelm.nn.cache import AttentionCache
+from bytelm.nn.cache import AttentionCache, AttentionTrail
 from bytelm.nn.layers import HeadNorm, Linear, rotate, wide
 from bytelm.parallel.mesh import platform, shard
 
@@ -194,6 +194,33 @@ class Attention(nnx.Module):
         )
         y = attend(q, cache.k, cache.v, (newest_position(lengths, slots) >= 0)[:, None])
         return self.out(y)[:, 0], cache
+
+    def extend(
+        self, x: Float[Array, "b q d"], cache: AttentionCache, lengths: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b q d"], AttentionTrail]:
+        """Several positions per row, from lengths[i] on, behind those in the cache."""
+        count, slots, window = x.shape[1], cache.k.shape[1], self.config.window
+        places = lengths[:, None] + jnp.arange(count)
+        q, k, v = self._project(x, places)
+        before = newest_position(lengths - 1, slots)[:, None]
+        old = jnp.broadcast_to(before >= 0, (len(lengths), count, slots))
+        if window:
+            old &= before > places[:, :, None] - window
+        new = jnp.broadcast_to(causal_mask(count, window, None), (len(lengths), count, count))
+        mask = jnp.concatenate([old, new], axis=2)
+        y = attend(q, jnp.concatenate([cache.k, k], axis=1), jnp.concatenate([cache.v, v], axis=1), mask)
+        return self.out(y), AttentionTrail(k, v)
+
+    def keep(
+        self, cache: AttentionCache, trail: AttentionTrail, lengths: Int[Array, " b"], kept: Int[Array, " b"]
+    ) -> AttentionCache:
+        """The cache with the first `kept` positions of a trail."""
+        slots, index = cache.k.shape[1], jnp.arange(trail.k.shape[1])
+        written = (index < kept[:, None]) & (index >= kept[:, None] - slots)
+        slot = jnp.where(written, (lengths[:, None] + index) % slots, slots)
+        rows = jnp.arange(len(lengths))[:, None]
+        put = lambda old, new: old.at[rows, slot].set(new, mode="drop")  # noqa: E731
+        return AttentionCache(put(cache.k, trail.k), put(cache.v, trail.v))
 
     def slots(self, max_length: int) -> int:
         """Cache slots needed for rows of up to `max_length` positions: a window keeps a ring of its own size."""

@@ -1,9 +1,14 @@
-"""What decoding keeps between bytes. Every cache is a pytree with the batch axis first and static shapes."""
+"""What decoding keeps between bytes. Every cache is a pytree with the batch axis first and static shapes.
+
+Beside single steps, modules read several positions at once: `extend` gives outputs and a trail, and `keep` makes of the
+cache before and that trail the cache after as many of the positions as each row turns out to want, none included.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
@@ -33,3 +38,27 @@ class StackCache:
 
     lengths: Int[Array, " b"]
     runs: dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class AttentionTrail:
+    """Rotated keys and values of positions that may be kept."""
+
+    k: Float[Array, "*l b q g k"]
+    v: Float[Array, "*l b q g k"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Mamba2Trail:
+    """Inputs of both convolutions, older ones in front, and the state before each position and behind the last."""
+
+    seen_x: Float[Array, "*l b s h p"]
+    seen_bc: Float[Array, "*l b s 2 n"]
+    states: Float[Array, "*l b q h p n"]
+
+
+def pick(values: Array, index: Int[Array, " b"]) -> Array:
+    """values[i, index[i]] of each row i."""
+    return jnp.take_along_axis(values, index.reshape(-1, *(1,) * (values.ndim - 1)), axis=1)[:, 0]

@@ -57,6 +57,10 @@ class Block(nnx.Module):
         y, cache = self.mixer.step(self.mixer_norm(r), cache, lengths, active)
         return self._feed_forward(r + y.astype(r.dtype)), cache
 
+    def extend(self, r, cache, lengths):
+        y, trail = self.mixer.extend(self.mixer_norm(r), cache, lengths)
+        return self._feed_forward(r + y.astype(r.dtype)), trail
+
 
 def residual_additions(layout: str) -> int:
     """How many times a stack adds to its residual stream (each mixer and each MLP once)."""
@@ -210,6 +214,27 @@ class Stack(nnx.Module):
         for (name, _), pair in zip(self._runs(), self._guided_runs(guide)):
             r, caches[name] = self._over_layers(body, r, (pair, cache.runs[name]))
         return self._close(r), StackCache(cache.lengths + (1 if active is None else active), caches)
+
+    def extend(self, x: Float[Array, "b q d"], cache: StackCache) -> tuple[Float[Array, "b q d"], dict[str, Any]]:
+        """Several positions per row at once, and the trail of them that `keep` reads; the cache stays as it is."""
+        r, trails = x.astype(wide(x.dtype)), {}
+
+        def body(r, layer):
+            return layer[0].extend(r, layer[1], cache.lengths)
+
+        for name, run in self._runs():
+            r, trails[name] = self._over_layers(body, r, (run, cache.runs[name]))
+        return self._close(r), trails
+
+    def keep(self, cache: StackCache, trail: dict[str, Any], kept: Int[Array, " b"]) -> StackCache:
+        """The cache after the first `kept` positions of a trail; the caller keeps lengths below the cache's room."""
+        runs = {
+            name: jax.vmap(lambda block, old, new: block.mixer.keep(old, new, cache.lengths, kept))(
+                run, cache.runs[name], trail[name]
+            )
+            for name, run in self._runs()
+        }
+        return StackCache(cache.lengths + kept, runs)
 
     def empty_cache(self, b: int, max_length: int) -> StackCache:
         """The cache of rows that have seen nothing yet."""

@@ -1,0 +1,54 @@
+"""Several positions at once on a cache (`extend`, `keep`): what single steps give, whatever is kept of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bytelm.config import SSMConfig, StackConfig
+from tiny import FULL, HYBRID, flat, hnet, network
+
+MIXED = StackConfig(layout="M1t1m1", d_model=32, num_heads=4, num_kv_heads=1, window=9, rope_dim=4,
+                    ssm=SSMConfig(d_state=4, head_dim=16, conv_width=3, chunk=4))  # fmt: skip
+MODELS = {
+    "hybrid": flat(HYBRID), "full": flat(FULL), "mixed": flat(MIXED), "hnet": hnet(1), "hnet2": hnet(2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("count", [1, 7])
+def test_reading_several_at_once_equals_single_steps(name, count):
+    """Rows at different places keep different numbers of what they read, none and all among them, many times over: the
+    logits are those of single steps, for a window smaller than what is read, too."""
+    b, room = 4, 64
+    graph, state = nnx.split(network(MODELS[name], seed=1)[0])
+    rng = np.random.default_rng(count)
+    ids = jnp.asarray(rng.integers(32, 100, (b, room)), jnp.int32)
+    lengths = jnp.array([1, 5, 2, 9])
+    prefill = jax.jit(lambda s, x, n: nnx.merge(graph, s).prefill(x, n, room))
+    step = jax.jit(lambda s, x, c: nnx.merge(graph, s).step(x, c))
+    extend = jax.jit(lambda s, x, c: nnx.merge(graph, s).extend(x, c))
+    keep = jax.jit(lambda s, c, t, n: nnx.merge(graph, s).keep(c, t, n))
+    longest = int(lengths.max()) + count * 5
+    _, cache = prefill(state, ids[:, :16], lengths)
+    logits, plain = prefill(state, ids[:, :16], lengths)
+    want = [[np.asarray(logits[i])] for i in range(b)]  # of each row, behind each of its positions
+    for n in range(longest):
+        logits, plain = step(state, ids[jnp.arange(b), lengths + n], plain)
+        for i in range(b):
+            want[i].append(np.asarray(logits[i]))
+    at, kept_before = np.zeros(b, int), set()
+    for _ in range(5):
+        index = np.asarray(lengths)[:, None] + at[:, None] + np.arange(count)
+        found, trail = extend(state, jnp.take_along_axis(ids, jnp.asarray(index), axis=1), cache)
+        for i in range(b):
+            np.testing.assert_allclose(found[i], want[i][at[i] + 1 : at[i] + 1 + count], atol=2e-5)
+        kept = rng.integers(0, count + 1, b)
+        kept_before |= set(kept.tolist())
+        cache = keep(state, cache, trail, jnp.asarray(kept, jnp.int32))
+        at += kept
+    logits, _ = step(state, ids[jnp.arange(b), lengths + jnp.asarray(at)], cache)
+    for i in range(b):
+        np.testing.assert_allclose(logits[i], want[i][at[i] + 1], atol=2e-5)
+    assert {0, count} <= kept_before
