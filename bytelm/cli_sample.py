@@ -41,6 +41,8 @@ class SampleOptions:
     chat: bool = False  # a tokenized model: the prompt is a message, which it answers
     suffix: str | None = None  # a tokenized model made for it: fill in between the prompt and this
     by_tokens: bool = False  # a tokenized model: temperature, top_k and top_p are of tokens, not of bytes
+    draft: Literal["none", "copy", "own"] = "none"  # guess next bytes, verify several at once: copied from the text, or
+    # by an H-Net's own decoder; the same bytes
     slide: bool = False  # a tokenized model: go on beyond its context, with the oldest text forgotten
 
 
@@ -50,7 +52,8 @@ def sample(args: list[str]) -> int:
         options.prompt_file.read_bytes() if options.prompt_file else options.prompt.encode("utf-8", "surrogateescape")
     )
     lm = bytelm.load(options.model, checkpoint=options.checkpoint, reserved=options.reserved, config=options.config,
-                     semantics=options.semantics, long_text="slide" if options.slide else "refuse")  # fmt: skip
+                     semantics=options.semantics, draft=options.draft,
+                     long_text="slide" if options.slide else "refuse")  # fmt: skip
     source = None if options.input is None else options.input.encode("utf-8", "surrogateescape")
     if options.explain or options.special or options.chat or options.suffix is not None or options.by_tokens:
         return _sample_tokenized(lm, options, prompt)

@@ -40,6 +40,7 @@ from bytelm.config import (
     longest_row,
 )
 from bytelm.data.words import WordRule
+from bytelm.drafts import Counts, Draft, Drafting, check_draft, drafted_bytes
 from bytelm.generate import bucket, generate_bytes, pad_rows, visible_inputs
 from bytelm.interop import token_lm
 from bytelm.interop.gguf_file import open_gguf
@@ -110,12 +111,15 @@ class NetworkLM(ByteLM):
         batch_bytes: int = 1 << 15,
         reserved: str = "error",
         wait: float = 0.0,
+        draft: Draft = "none",
     ):
         """`context` is the row length it was trained on; forward passes take about `batch_bytes` positions at once.
 
         `reserved`: what happens to bytes in a text that the family keeps for itself: error, or replace (by U+FFFD).
         `wait`: in batched generation with an H-Net, rows wait at their boundaries until this share of them
         does, so that the inner network runs less often; 0: they never wait. The bytes are the same.
+        `draft`: how next bytes are guessed, to be verified several at once (`drafts.py`): not at all, copied from the
+        text, or by an H-Net's own decoder; the bytes are the same, `counts` says how often it guessed right.
         """
         if not 0 <= wait <= 1:
             raise ConfigError(f"wait={wait}: must be in [0, 1]")
@@ -124,7 +128,12 @@ class NetworkLM(ByteLM):
         self.ids = byte_ids(config, reserved)
         self.wait = wait
         self.window = min(DEFAULT_WINDOW, context, longest_row(config, context))
-        self.graph, _ = structure(config)
+        self.graph, abstract = structure(config)
+        check_draft(draft, nnx.merge(self.graph, abstract))
+        if wait and draft != "none":
+            raise ConfigError(f"wait={wait} with draft={draft!r}: choose one")
+        self.draft: Draft = draft
+        self.counts = Counts()
         self._symbols = self.ids.symbol_ids()
         self._possible = self.ids.possible()
         self._batch_bytes = batch_bytes
@@ -226,6 +235,13 @@ class NetworkLM(ByteLM):
 
     def _continue(self, prompts, inputs, max_bytes, sampling, seed, stop, block):
         no_inputs(inputs)
+        if self.draft != "none":
+            texts = [self._clean(p) for p in prompts]
+            make = partial(
+                Drafting, self.graph, self.params, self.ids, texts, window=self.window, max_bytes=max_bytes,
+                sampling=sampling, seed=seed, draft=self.draft, counts=self.counts,
+            )  # fmt: skip
+            return drafted_bytes(make, len(prompts), max_bytes, stop, block)
         return generate_bytes(
             self.graph, self.params, self.ids, [self._clean(p) for p in prompts], window=self.window,
             max_bytes=max_bytes, sampling=sampling, seed=seed, stop=stop, block=block, wait=self.wait,
@@ -262,6 +278,7 @@ def load(
     config: str | Path | None = None,
     reserved: str | None = None,
     wait: float = 0.0,
+    draft: Draft = "none",
     deletion: str | None = None,
     semantics: str | None = None,
     beam: int = 64,
@@ -274,13 +291,15 @@ def load(
     Llama, Mistral, Qwen) and its tokenizer, or a .gguf file of one.
 
     `checkpoint` is latest, best, or a step; `dtype` overrides the compute type (float32, bfloat16); `reserved` (None:
-    as the run was trained, else error) and `wait` as in `NetworkLM`; `deletion` as in `Seq2SeqLM`; `semantics` (None:
-    masked), `beam` and `long_text` as in `TokenizedLM`, whose weights are laid over the devices by
+    as the run was trained, else error), `wait` and `draft` as in `NetworkLM`; `deletion` as in `Seq2SeqLM`;
+    `semantics` (None: masked), `beam` and `long_text` as in `TokenizedLM`, whose weights are laid over the devices by
     `mesh`. Raises CheckpointError when nothing readable is there, ConfigError for what this version cannot load.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
+    if draft != "none" and (path.suffix == ".gguf" or token_lm.is_token_lm(read_record(path))):
+        raise ConfigError(f"draft={draft!r}: a tokenized model verifies no drafts yet")
     if path.suffix == ".gguf" or (path.is_dir() and token_lm.is_token_lm(read_record(path))):
         return _tokenized(path, dtype, mesh, semantics=semantics or "masked", beam=beam, long_text=long_text)
     trained = tokenizer_of(path) is not None
@@ -295,7 +314,9 @@ def load(
     if is_model(path):
         stored = open_model(path, Path(config) if config else None)
         network = _with_dtype(stored.config, dtype)
-        return _as_lm(network, jax.device_put(stored.read()), stored.context, reserved or "error", wait, deletion)
+        return _as_lm(
+            network, jax.device_put(stored.read()), stored.context, reserved or "error", wait, draft, deletion
+        )
     if config is not None:
         raise ConfigError(f"{path} is a run with a config of its own; config goes with a bare file of weights")
     run, params = load_run(path, checkpoint)
@@ -304,7 +325,7 @@ def load(
             path, run, params, dtype, semantics=semantics or "masked", beam=beam, long_text=long_text
         )
     kept = reserved or run.data.reserved
-    return _as_lm(_with_dtype(run.model, dtype), params, run.data.seq_len, kept, wait, deletion)
+    return _as_lm(_with_dtype(run.model, dtype), params, run.data.seq_len, kept, wait, draft, deletion)
 
 
 def _tokenized(path: Path, dtype: str | None, mesh: MeshConfig | None, **options: Any) -> TokenizedLM:
@@ -357,13 +378,15 @@ def load_vocabulary(path: Path, size: int = 0) -> Vocabulary:
 
 
 def _as_lm(
-    config: ModelConfig, params: Params, context: int, reserved: str, wait: float, deletion: str | None
+    config: ModelConfig, params: Params, context: int, reserved: str, wait: float, draft: Draft, deletion: str | None
 ) -> ByteLM:
     if isinstance(config, T5Config):
+        if draft != "none":
+            raise ConfigError(f"draft={draft!r}: an encoder-decoder verifies no drafts yet")
         return Seq2SeqLM(config, params, context, deletion=deletion or "hard")
     if deletion is not None:
         raise ConfigError(f"deletion={deletion!r}: a {config.family} model deletes nothing")
-    return NetworkLM(config, params, context, reserved=reserved, wait=wait)
+    return NetworkLM(config, params, context, reserved=reserved, wait=wait, draft=draft)
 
 
 def load_run(path: Path, checkpoint: str = "latest") -> tuple[Config, Params]:

@@ -1,0 +1,224 @@
+"""Drafted decoding, exact by verification: several next bytes are guessed, the network reads them all at once, and
+those that it would have drawn itself are kept.
+
+Byte n of row i is drawn with a key of its own (`generate.py`), so "what it would have drawn" is one byte, whatever the
+temperature: the text is that of plain decoding with the same seed (but where rounding decides between two bytes), and
+so is its distribution. A fixed guess is kept with the model's probability of it, which is the best there is.
+
+Two ways to guess. `copy`: what followed the last place where the text's last bytes stood before (aggressive decoding,
+Ge et al. 2022; prompt lookup; CopySpec). `own`: an H-Net's outermost decoder goes on past the chunk's boundary by
+itself, without asking the inner network anew (self-speculation within the hierarchy, as in Fast BLT).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+
+from bytelm.config import ConfigError
+from bytelm.following import emit
+from bytelm.generate import Sampling, bucket, draw, pad_rows, prefill, visible_inputs
+from bytelm.models.build import Params
+from bytelm.models.hnet import HNet
+from bytelm.vocab import END, ByteIds
+
+Draft = Literal["none", "copy", "own"]
+LENGTH = 8  # symbols that are read at once, the first of them drawn, not guessed
+LONGEST, SHORTEST = 24, 4  # bytes of the text's end that are looked for
+
+
+@dataclass
+class Counts:
+    """What drafted decoding did, over all rows."""
+
+    passes: int = 0  # readings of several symbols at once
+    single: int = 0  # readings of one
+    drafted: int = 0  # symbols guessed
+    right: int = 0  # of these, the ones kept
+    made: int = 0  # bytes of text
+
+
+def check_draft(draft: Draft, network: nnx.Module) -> None:
+    """Raises ConfigError where a network cannot verify, or not guess."""
+    if draft not in ("none", "copy", "own"):
+        raise ConfigError(f"draft={draft!r}: choose none, copy or own")
+    if draft == "none":
+        return
+    if not hasattr(network, "extend") or (isinstance(network, HNet) and network.told):
+        raise ConfigError(f"draft={draft!r}: flat models and H-Nets with learned chunks read several bytes at once, "
+                          "this one does not")  # fmt: skip
+    if draft == "own" and not (isinstance(network, HNet) and network.config.levels):
+        raise ConfigError("draft='own': only an H-Net has a decoder that can go on by itself; choose copy")
+
+
+def copied(text: bytes, count: int) -> bytes:
+    """Up to `count` bytes that followed the latest earlier place where the end of the text stands, the longest end that
+    stands anywhere; empty where not even SHORTEST bytes do."""
+    length = LONGEST
+    while length >= SHORTEST:
+        if length < len(text):
+            found = text.rfind(text[-length:], 0, len(text) - 1)
+            if found >= 0:
+                return text[found + length : found + length + count]
+        length = length * 2 // 3 if length > 6 else length - 1
+    return b""
+
+
+def _draw(alphabet, logits, keys, drawn, sampling):
+    ids, possible = alphabet
+    own = jax.vmap(jax.random.fold_in)(keys, drawn)
+    return draw(jnp.where(possible, logits[:, ids], -jnp.inf), own, *sampling)
+
+
+_first = jax.jit(_draw)
+
+
+@partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def _verify(graph, params, alphabet, cache, keys, drawn, drafts, lengths, sampling):
+    """Reads `drafts` [b, q], of each row the first `lengths` [b] (the first symbol of a row is no guess, 0: a row that
+    has ended); `drawn` [b]: how many were drawn before them. Gives how many symbols are right, the symbol drawn behind
+    those, and the cache there."""
+    network = nnx.merge(graph, params)
+    ids, _ = alphabet
+    q = drafts.shape[1]
+    logits, trail = network.extend(ids[jnp.minimum(drafts, END)], cache)
+    each = [_draw(alphabet, logits[:, j], keys, drawn + 1 + j, sampling) for j in range(q)]
+    symbols = jnp.stack(each, axis=1)
+    right = (symbols[:, :-1] == drafts[:, 1:]) & (jnp.arange(1, q) < lengths[:, None])
+    kept = jnp.where(lengths > 0, 1 + jnp.sum(jnp.cumprod(right, axis=1), axis=1), 0)
+    behind = jnp.take_along_axis(symbols, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
+    return kept, behind, network.keep(cache, trail, kept)
+
+
+@partial(jax.jit, static_argnames=("graph", "count"))
+def _own(graph, params, alphabet, cache, keys, drawn, symbols, sampling, count):
+    """`count` guesses behind `symbols` [b] by the outermost encoder and decoder alone, [b, count]."""
+    network = nnx.merge(graph, params)
+    every = jnp.ones(symbols.shape, bool)
+
+    def one(carry, i):
+        cache, symbol = carry
+        pending, cache = network.front(alphabet[0][jnp.minimum(symbol, END)], cache, every)
+        logits, cache = network.back(pending, cache, every)
+        symbol = _draw(alphabet, logits, keys, drawn + 1 + i, sampling)
+        return (cache, symbol), symbol
+
+    _, guesses = jax.lax.scan(one, (cache, symbols), jnp.arange(count))
+    return guesses.T
+
+
+class Drafting:
+    """Some texts that grow by drafts."""
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        params: Params,
+        ids: ByteIds,
+        prompts: list[bytes],
+        *,
+        window: int,
+        max_bytes: int,
+        sampling: Sampling,
+        seed: int,
+        draft: Draft,
+        counts: Counts,
+    ):
+        self.graph, self.params, self.ids, self.window, self.draft = graph, params, ids, window, draft
+        self.texts, self.made, self.max_bytes, self.counts = list(prompts), [0] * len(prompts), max_bytes, counts
+        rows, base = bucket(len(prompts)), jax.random.key(seed)
+        self.keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(rows))
+        self.sampling = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
+        self.alphabet = (jnp.asarray(ids.symbol_ids()), jnp.asarray(ids.possible()))
+        self._read()
+
+    def _drawn(self) -> NDArray[np.int32]:
+        return np.array(self.made + self.made[:1] * (len(self.keys) - len(self.made)), np.int32)
+
+    def _read(self) -> None:
+        """Reads every text from where it is visible, and draws what follows it."""
+        rows = [visible_inputs(text, self.ids, self.window) for text in self.texts]
+        width = max(map(len, rows))
+        left = self.max_bytes - min(self.made)
+        self.room = min(self.window, bucket(width + left + LENGTH, 64))
+        inputs, self.lengths = pad_rows(rows, len(self.keys), min(bucket(width, 32), self.window))
+        logits, self.cache = prefill(self.graph, self.params, inputs, self.lengths, self.room)
+        self.pending = np.asarray(_first(self.alphabet, logits, self.keys, self._drawn(), self.sampling))
+
+    def _guesses(self, live: list[bool], count: int) -> list[bytes | NDArray]:
+        """What may follow each row's next symbol."""
+        if self.draft == "copy":
+            return [
+                copied(text + bytes([symbol]), count) if on and symbol != END else b""
+                for text, symbol, on in zip(self.texts, self.pending.tolist(), live)
+            ]
+        guesses = np.asarray(
+            _own(self.graph, self.params, self.alphabet, self.cache, self.keys, self._drawn(), self.pending,
+                 self.sampling, count)
+        )  # fmt: skip
+        return [row[: np.argmax(np.append(row, END) == END)] for row in guesses[: len(self.texts)]]
+
+    def step(self, done: list[bool]) -> list[bytes | None]:
+        """The next bytes of each row, None where it ends."""
+        live = [not ended and symbol != END for ended, symbol in zip(done, self.pending.tolist())]
+        if not any(live):
+            return [None] * len(done)
+        longest = max(int(n) for n, on in zip(self.lengths, live) if on)
+        if longest >= self.room:  # the last symbol that can be drawn here is, but it cannot be read
+            return self._begin_anew(live)
+        several = longest + LENGTH <= self.room
+        guesses = self._guesses(live, LENGTH - 1) if several else [b""] * len(done)
+        width = LENGTH if any(len(guess) for guess in guesses) else 1
+        drafts = np.zeros((len(self.keys), width), np.int32)
+        drafts[:, 0] = self.pending
+        read = np.zeros(len(self.keys), np.int32)
+        for i, guess in enumerate(guesses):
+            if live[i]:
+                drafts[i, 1 : 1 + len(guess)] = list(guess)
+                read[i] = 1 + len(guess)
+        kept, behind, self.cache = _verify(
+            self.graph, self.params, self.alphabet, self.cache, self.keys, self._drawn(), drafts, read, self.sampling
+        )
+        kept = np.asarray(kept)
+        out: list[bytes | None] = []
+        for i, on in enumerate(live):
+            new = drafts[i, : kept[i]].astype(np.uint8).tobytes()
+            self.texts[i] += new
+            self.made[i] += len(new)
+            out.append(new if on else None)
+        self.lengths = self.lengths + kept
+        self.pending = np.where(kept > 0, np.asarray(behind), self.pending)
+        c, several = self.counts, width > 1
+        c.passes, c.single = c.passes + several, c.single + (not several)
+        c.drafted, c.right = c.drafted + int(read.sum()) - sum(live), c.right + int(kept.sum()) - sum(live)
+        c.made += int(kept.sum())
+        return out
+
+    def _begin_anew(self, live: list[bool]) -> list[bytes | None]:
+        out: list[bytes | None] = []
+        for i, on in enumerate(live):
+            new = bytes([int(self.pending[i])]) if on else b""
+            self.texts[i] += new
+            self.made[i] += len(new)
+            out.append(new if on else None)
+        ended = [i for i, on in enumerate(live) if not on]
+        kept = {i: int(self.pending[i]) for i in ended}
+        self._read()
+        self.pending = np.array(self.pending)
+        for i, symbol in kept.items():
+            self.pending[i] = symbol
+        self.counts.made += sum(live)
+        return out
+
+
+def drafted_bytes(make: Callable[[], Drafting], rows: int, max_bytes: int, stop: tuple[bytes, ...], block: int
+                  ) -> Iterator[list[bytes]]:  # fmt: skip
+    """New bytes of each row, as `generate.generate_bytes` gives them."""
+    if max_bytes > 0:
+        yield from emit(make().step, rows, max_bytes, stop, block)
