@@ -29,7 +29,7 @@ from bytelm.models.hnet import HNet
 from bytelm.vocab import END, ByteIds
 
 Draft = Literal["none", "copy", "own"]
-LENGTH = 8  # symbols that are read at once, the first of them drawn, not guessed
+LENGTHS = (8, 32)  # symbols that are read at once, the first of them drawn, not guessed: many while guesses are right
 LONGEST, SHORTEST = 24, 4  # bytes of the text's end that are looked for
 
 
@@ -132,6 +132,7 @@ class Drafting:
     ):
         self.graph, self.params, self.ids, self.window, self.draft = graph, params, ids, window, draft
         self.texts, self.made, self.max_bytes, self.counts = list(prompts), [0] * len(prompts), max_bytes, counts
+        self.count = LENGTHS[0]
         rows, base = bucket(len(prompts)), jax.random.key(seed)
         self.keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(rows))
         self.sampling = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
@@ -146,7 +147,7 @@ class Drafting:
         rows = [visible_inputs(text, self.ids, self.window) for text in self.texts]
         width = max(map(len, rows))
         left = self.max_bytes - min(self.made)
-        self.room = min(self.window, bucket(width + left + LENGTH, 64))
+        self.room = min(self.window, bucket(width + left + LENGTHS[-1], 64))
         inputs, self.lengths = pad_rows(rows, len(self.keys), min(bucket(width, 32), self.window))
         logits, self.cache = prefill(self.graph, self.params, inputs, self.lengths, self.room)
         self.pending = np.asarray(_first(self.alphabet, logits, self.keys, self._drawn(), self.sampling))
@@ -172,9 +173,9 @@ class Drafting:
         longest = max(int(n) for n, on in zip(self.lengths, live) if on)
         if longest >= self.room:  # the last symbol that can be drawn here is, but it cannot be read
             return self._begin_anew(live)
-        several = longest + LENGTH <= self.room
-        guesses = self._guesses(live, LENGTH - 1) if several else [b""] * len(done)
-        width = LENGTH if any(len(guess) for guess in guesses) else 1
+        count = next((n for n in (self.count, LENGTHS[0]) if longest + n <= self.room), 1)
+        guesses = self._guesses(live, count - 1) if count > 1 else [b""] * len(done)
+        width = count if any(len(guess) for guess in guesses) else 1
         drafts = np.zeros((len(self.keys), width), np.int32)
         drafts[:, 0] = self.pending
         read = np.zeros(len(self.keys), np.int32)
@@ -194,6 +195,9 @@ class Drafting:
             out.append(new if on else None)
         self.lengths = self.lengths + kept
         self.pending = np.where(kept > 0, np.asarray(behind), self.pending)
+        if width > 1:
+            share = int(kept.sum()) / int(read.sum())
+            self.count = LENGTHS[-1] if share > 0.9 else LENGTHS[0] if share < 0.5 else self.count
         c, several = self.counts, width > 1
         c.passes, c.single = c.passes + several, c.single + (not several)
         c.drafted, c.right = c.drafted + int(read.sum()) - sum(live), c.right + int(kept.sum()) - sum(live)

@@ -52,11 +52,13 @@ class AttentionTrail:
 @jax.tree_util.register_dataclass
 @dataclass
 class Mamba2Trail:
-    """Inputs of both convolutions, older ones in front, and the state before each position and behind the last."""
+    """Inputs of both convolutions, those of the cache in front, and what the recurrence adds to its state."""
 
     seen_x: Float[Array, "*l b s h p"]
     seen_bc: Float[Array, "*l b s 2 n"]
-    states: Float[Array, "*l b q h p n"]
+    x: Float[Array, "*l b q h p"]
+    dt: Float[Array, "*l b q h"]
+    B: Float[Array, "*l b q n"]
 
 
 def pick(values: Array, index: Int[Array, " b"]) -> Array:

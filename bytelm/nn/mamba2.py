@@ -8,9 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.config import StackConfig
-from bytelm.nn.cache import Mamba2Cache, Mamba2Trail, pick
+from bytelm.nn.cache import Mamba2Cache, Mamba2Trail
 from bytelm.nn.layers import Linear, RMSNorm, wide
-from bytelm.nn.recurrence import causal_conv, ssd, ssd_step
+from bytelm.nn.recurrence import causal_conv, ssd, ssd_behind, ssd_step, state_behind
 from bytelm.parallel.mesh import shard
 
 
@@ -124,22 +124,14 @@ class Mamba2(nnx.Module):
     def extend(
         self, u: Float[Array, "b q d"], cache: Mamba2Cache, lengths: Int[Array, " b"]
     ) -> tuple[Float[Array, "b q d"], Mamba2Trail]:
-        """Several positions per row: projections of all at once, the recurrence one by one."""
+        """Several positions per row at once."""
         seen_x = jnp.concatenate([cache.conv_x, self.x(u)], axis=1)
         seen_bc = jnp.concatenate([cache.conv_bc, self.bc(u)], axis=1)
         past = self.ssm.conv_width - 1
         x, bc = jax.nn.silu(self.conv_x(seen_x)[:, past:]), jax.nn.silu(self.conv_bc(seen_bc)[:, past:])
         dt, A = self._rates(u)
-
-        def one(state, at):
-            x, dt, bc = at
-            state, y = ssd_step(state, x, dt, A, bc[:, 0], bc[:, 1])
-            return state, (state, y)
-
-        steps = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), (x, dt, bc))
-        _, (states, y) = jax.lax.scan(one, cache.state, steps)
-        states = jnp.concatenate([cache.state[:, None], jnp.swapaxes(states, 0, 1)], axis=1)
-        return self._finish(jnp.swapaxes(y, 0, 1), x, self.z(u)), Mamba2Trail(seen_x, seen_bc, states)
+        y = ssd_behind(cache.state, x, dt, A, bc[:, :, 0], bc[:, :, 1])
+        return self._finish(y, x, self.z(u)), Mamba2Trail(seen_x, seen_bc, x, dt, bc[:, :, 0])
 
     def keep(
         self, cache: Mamba2Cache, trail: Mamba2Trail, lengths: Int[Array, " b"], kept: Int[Array, " b"]
@@ -147,7 +139,9 @@ class Mamba2(nnx.Module):
         """The cache after the first `kept` positions of a trail."""
         behind = kept + self.ssm.conv_width - 1
         past = lambda seen: _last_inputs(seen, behind, self.ssm.conv_width - 1)  # noqa: E731
-        return Mamba2Cache(past(trail.seen_x), past(trail.seen_bc), pick(trail.states, kept))
+        A = -jnp.exp(self.A_log[...].astype(trail.dt.dtype))
+        state = state_behind(cache.state, trail.x, trail.dt, A, trail.B, kept)
+        return Mamba2Cache(past(trail.seen_x), past(trail.seen_bc), state)
 
     def empty_cache(self, b: int, max_length: int) -> Mamba2Cache:
         keep, heads, p = self.ssm.conv_width - 1, self.D.shape[-1], self.ssm.head_dim

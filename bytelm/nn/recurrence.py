@@ -55,6 +55,42 @@ def ssd_step(
     return state, jnp.einsum("bhpn,bn->bhp", state, C)
 
 
+def ssd_behind(
+    state: Float[Array, "b h p n"],
+    x: Float[Array, "b q h p"],
+    dt: Float[Array, "b q h"],
+    A: Float[Array, " h"],
+    B: Float[Array, "b q n"],
+    C: Float[Array, "b q n"],
+) -> Float[Array, "b q h p"]:
+    """y of a few steps behind a state, all at once: what `ssd_step` gives one by one."""
+    kind = wide(x.dtype)
+    x, B, C = x.astype(kind), B.astype(kind), C.astype(kind)
+    q = x.shape[1]
+    decay = jnp.cumsum(dt * A, axis=1)
+    apart = decay[:, :, None] - decay[:, None]
+    apart = jnp.where((jnp.arange(q)[:, None] >= jnp.arange(q))[..., None], apart, -jnp.inf)  # before exp: no inf - inf
+    weight = jnp.einsum("bin,bjn->bij", C, B)[..., None] * jnp.exp(apart) * dt[:, None]
+    carried = jnp.einsum("bhpn,bqn->bqhp", state, C) * jnp.exp(decay)[..., None]
+    return carried + jnp.einsum("bijh,bjhp->bihp", weight, x)
+
+
+def state_behind(
+    state: Float[Array, "b h p n"],
+    x: Float[Array, "b q h p"],
+    dt: Float[Array, "b q h"],
+    A: Float[Array, " h"],
+    B: Float[Array, "b q n"],
+    kept: Int[Array, " b"],
+) -> Float[Array, "b h p n"]:
+    """The state behind the first `kept` of these steps."""
+    kind = wide(x.dtype)
+    dt = jnp.where((jnp.arange(x.shape[1]) < kept[:, None])[..., None], dt, 0)  # a step of 0 leaves the state as it is
+    decay = jnp.cumsum(dt * A, axis=1)
+    scaled = (jnp.exp(decay[:, -1:] - decay) * dt)[..., None] * x.astype(kind)
+    return jnp.exp(decay[:, -1])[..., None, None] * state + jnp.einsum("bqhp,bqn->bhpn", scaled, B.astype(kind))
+
+
 def ssd_sequential(
     x: Float[Array, "b t h p"],
     dt: Float[Array, "b t h"],
