@@ -11,8 +11,7 @@ from bytelm.lm import NetworkLM
 from bytelm.models.build import init_params
 from tiny import HYBRID, flat, hat, hnet, network
 
-MODELS = {"flat": (flat(HYBRID), "copy"), "hnet": (hnet(1), "copy"), "hnet own": (hnet(1), "own"),
-          "hnet2 own": (hnet(2), "own")}  # fmt: skip
+MODELS = {"flat": (flat(HYBRID), "copy"), "hnet": (hnet(1), "copy"), "hnet2 own": (hnet(2), "own")}
 PROMPTS = [b"abcabcabcabcabcab", b"", b"one two one two one t", b"x"]
 
 
@@ -25,8 +24,8 @@ def pair(request):
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": 0.0}, {"temperature": 1.0, "seed": 5}, {"temperature": 0.7, "top_p": 0.8, "top_k": 9, "seed": 1}],
-    ids=["greedy", "sampled", "cut"],
+    [{"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8, "top_k": 9, "seed": 1}],
+    ids=["greedy", "sampled"],
 )
 def test_drafted_bytes_are_those_of_plain_decoding(pair, options):
     """Rows of unequal length together, and one alone beyond the window, where the network begins anew."""

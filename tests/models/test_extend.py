@@ -11,9 +11,7 @@ from tiny import FULL, HYBRID, flat, hnet, network
 
 MIXED = StackConfig(layout="M1t1m1", d_model=32, num_heads=4, num_kv_heads=1, window=9, rope_dim=4,
                     ssm=SSMConfig(d_state=4, head_dim=16, conv_width=3, chunk=4))  # fmt: skip
-MODELS = {
-    "hybrid": flat(HYBRID), "full": flat(FULL), "mixed": flat(MIXED), "hnet": hnet(1), "hnet2": hnet(2),
-}  # fmt: skip
+MODELS = {"hybrid": flat(HYBRID), "full": flat(FULL), "mixed": flat(MIXED), "hnet2": hnet(2)}
 
 
 @pytest.mark.parametrize("name", MODELS)
