@@ -27,6 +27,9 @@ class EvalOptions:
     suite: str = ""  # with commas between them; none: bpb, or with --out all that there are files for
     out: Path | None = None  # folder for results and report
     full: bool = False  # all of every suite, not a sample
+    report: bool = (
+        False  # run nothing: a report of the results that --out has (of several machines: their lines joined)
+    )
     written: bool = False  # answers are written out too, not only compared by likelihood
     cute: Path | None = None  # folder with CUTE's TSV files
     hellaswag: Path | None = None  # HellaSwag's validation set, as JSONL
@@ -65,6 +68,8 @@ def evaluate_command(args: list[str]) -> int:
         if name not in SUITES:
             raise ConfigError(f"suite {name!r}: {codec.suggest(name, list(SUITES))}")
     if options.out is None:
+        if options.report:
+            raise ConfigError("--report needs the folder of the results: --out DIR")
         if len(options.model) > 1 or names not in ([], ["bpb"]):
             raise ConfigError("suites, and several models, need a folder for their results: --out DIR")
         return _print_bits(options, options.model[0])
@@ -286,7 +291,11 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
         "checkpoint": options.checkpoint, "reserved": options.reserved, "config": options.config,
         "deletion": options.deletion, "semantics": options.semantics,
     }  # fmt: skip
-    found = run_units(options.model, lambda path: bytelm.load(path, **how), how, units, results, console)
+    found = run_units(
+        options.model, lambda path: bytelm.load(path, **how), how, units, results, console, options.report
+    )
+    if not found:
+        raise ConfigError(f"--report: {results.path} has no results of these models, suites and text")
     summary = Summary(found, lines)
     about = facts(options.model, name, wanted, material)
     report = write_report(summary, out, "Evaluation of byte language models", about)

@@ -43,10 +43,11 @@ def run_units(
     units: Sequence[Unit],
     results: Results,
     console: Console,
+    only_known: bool = False,
 ) -> list[Result]:
     """Results of every unit that fits each model, in order, models outermost. `how` is all that decides, beside its
-    files, what `load` gives: its checkpoint among it. A unit whose text no text of a model's
-    tokenizer begins with has no figures, and its details say why."""
+    files, what `load` gives: its checkpoint among it. `only_known`: nothing is run, and what is not known left out. A
+    unit whose text no text of a model's tokenizer begins with has no figures, and its details say why."""
     found = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -60,6 +61,8 @@ def run_units(
                     progress.update(task, description=escape(f"{entrant.name}: {unit.suite} {unit.task}"))
                     key = key_of(version=VERSION, model=files, view=type(entrant.lm).__name__, how=dict(how),
                                  suite=unit.suite, task=unit.task, decides=unit.decides)  # fmt: skip
+                    if key not in results.found and only_known:
+                        continue
                     if key not in results.found:
                         try:
                             metrics, details = unit.run(entrant)
@@ -71,7 +74,7 @@ def run_units(
                     found.append(dataclasses.replace(results.found[key], model=entrant.name))
                     progress.advance(task)
                 progress.remove_task(task)
-                if mine:
+                if mine and not only_known:
                     console.print(f"{entrant.name}: {done} tasks done in {time.perf_counter() - began:.0f} s, "
                                   f"{len(mine) - done} known", markup=False)  # fmt: skip
     return found
