@@ -27,9 +27,9 @@ class EvalOptions:
     suite: str = ""  # with commas between them; none: bpb, or with --out all that there are files for
     out: Path | None = None  # folder for results and report
     full: bool = False  # all of every suite, not a sample
-    report: bool = (
-        False  # run nothing: a report of the results that --out has (of several machines: their lines joined)
-    )
+    passages: int = 0  # of the noise suite; 0: 64, with --full 1,024
+    items: int = 0  # of each task of questions; 0: 50, with --full 1,000
+    report: bool = False  # run nothing: a report of the results in --out (of several machines: their lines joined)
     written: bool = False  # answers are written out too, not only compared by likelihood
     cute: Path | None = None  # folder with CUTE's TSV files
     hellaswag: Path | None = None  # HellaSwag's validation set, as JSONL
@@ -59,8 +59,9 @@ def evaluate_command(args: list[str]) -> int:
     options = tyro.cli(EvalOptions, args=args, prog="bytelm eval")
     if not options.model:
         raise ConfigError("bytelm eval: name a model (a run, a checkpoint, a weights directory)")
-    if options.window < 0 or options.max_bytes < 0:
-        raise ConfigError("--window and --max-bytes must not be negative")
+    for name in ("window", "max_bytes", "passages", "items"):
+        if getattr(options, name) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must not be negative")
     from bytelm.evals.suites import SUITES
 
     names = [name for name in options.suite.split(",") if name]
@@ -237,6 +238,13 @@ def _compressed(sources: list, test: bytes) -> list:
     return [line for line in (xz_given(train, test), ppmd_given(train, test)) if line]
 
 
+def _sizes(options: EvalOptions) -> Any:
+    from bytelm.evals.suites import Sizes
+
+    own = {name: value for name in ("passages", "items") if (value := getattr(options, name))}
+    return dataclasses.replace(Sizes.full() if options.full else Sizes(), **own)
+
+
 def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
     """Suites over models, with a report."""
     from rich.console import Console
@@ -272,8 +280,7 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
     material = suites.Material(
         text=text, cute=options.cute, hellaswag=options.hellaswag, misspellings=options.misspellings,
         words=options.words, parallel=options.parallel, tokenizer=options.tokenizer, morphemes=options.morphemes,
-        seed=options.seed,
-        sizes=suites.Sizes.full() if options.full else suites.Sizes(),
+        seed=options.seed, sizes=_sizes(options),
     )  # fmt: skip
     console = Console(highlight=False, stderr=options.json)
     left_out = lambda why: console.print(f"left out: {why}", markup=False)  # noqa: E731
