@@ -59,7 +59,7 @@ def _bits(summary: Summary, path: Path) -> bool:
 def _dots(
     summary: Summary, path: Path, rows: list[str], values: dict[str, list[float]], label: str, marks=None
 ) -> bool:
-    """One line a task, one dot a model; `marks`: a grey tick on each line."""
+    """One line a task, one dot a model (an arrow where it lies outside); `marks`: a grey tick on each line."""
     values = {m: v for m, v in values.items() if any(map(math.isfinite, v))}
     if not rows or not values:
         return False
@@ -68,14 +68,20 @@ def _dots(
     axes.hlines(places, 0, 100, color="#eeeeee", linewidth=1)
     if marks is not None:
         axes.plot(marks, places, "|", color="#999999", markersize=14, markeredgewidth=2)
+    every = [v for each in values.values() for v in each if math.isfinite(v)]
+    low, high = max(min(0, *every), -60), min(max(100, *every), 130)
     step = 0.5 / max(len(values), 1)
     for n, (model, each) in enumerate(values.items()):
         shift = (n - (len(values) - 1) / 2) * step
-        axes.plot(each, [p - shift for p in places], "o", color=_colour(summary, model), markersize=6, label=model)
+        colour = _colour(summary, model)
+        axes.plot([v if low <= v <= high else math.nan for v in each], [p - shift for p in places], "o", color=colour,
+                  markersize=6, label=model)  # fmt: skip
+        for value, place in zip(each, places):  # what is further out stands at the edge, as an arrow
+            if value < low or value > high:
+                x, arrow = (low - 1, "<") if value < low else (high + 1, ">")
+                axes.plot(x, place - shift, arrow, color=colour, markersize=6)
     axes.set_yticks(places, rows)
-    low = min([0, *(v for each in values.values() for v in each if math.isfinite(v))])
-    high = max([100, *(v for each in values.values() for v in each if math.isfinite(v))])
-    axes.set_xlim(max(low, -60) - 3, min(high, 130) + 3)
+    axes.set_xlim(low - 3, high + 3)
     axes.set_xlabel(label)
     figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=2)
     return _save(figure, path)

@@ -55,9 +55,13 @@ class Summary:
         return float(np.mean([self.metric(model, suite, task, name) for task in self.tasks(suite)] or [math.nan]))
 
     def recovered(self, model: str, rule: str) -> float:
-        """The share of a context's help that is left when it is noised; nan where it does not help, or where some text
-        is impossible for the model."""
-        return recovered(*(_nats(self.of(model, "noise").get(task)) for task in (*BASES, rule)))
+        """The share of a context's help that is left when it is noised; nan where a clean context's help is less than
+        twice its standard error over the passages, or where some text is impossible for the model."""
+        without, clean, noised = (_nats(self.of(model, "noise").get(task)) for task in (*BASES, rule))
+        help_ = without - clean
+        if not (help_.sum() > 0 and help_.mean() >= 2 * help_.std() / math.sqrt(len(help_))):
+            return math.nan
+        return recovered(*(float(nats.sum()) for nats in (without, clean, noised)))
 
     def rules(self) -> list[str]:
         return [task for task in self.tasks("noise") if task not in BASES]
@@ -272,9 +276,10 @@ def shown(value: float, digits: int = 3, per_cent: bool = False) -> str:
     return f"{100 * value:.{digits}f} %" if per_cent else f"{value:.{digits}f}"
 
 
-def _nats(result: Result | None) -> float:
+def _nats(result: Result | None) -> np.ndarray:
+    """Nats of each passage; one nan where there are none, or some is impossible."""
     nats = [] if result is None else result.details.get("nats", [])
-    return math.nan if not nats or None in nats else float(sum(nats))
+    return np.array([math.nan] if not nats or None in nats else nats)
 
 
 def _flags(result: Result | None, by: str = "characters") -> np.ndarray:
