@@ -11,7 +11,7 @@ import tyro
 
 import bytelm
 from bytelm import cli_model, cli_sample, codec
-from bytelm.config import Config, ConfigError
+from bytelm.config import Config, ConfigError, TokensConfig
 
 EXIT_OK, EXIT_CHECK_FAILED, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75
 
@@ -143,6 +143,10 @@ def _dry_run(config: Config) -> int:
     from bytelm.train.state import plan_state
 
     config = with_parts(config)
+    if isinstance(config.model, TokensConfig):
+        from bytelm.train.tokens import check_given
+
+        check_given(config)
     mesh = make_mesh(config.mesh)
     sources, heldout = load_text(config.data)
     with jax.set_mesh(mesh):
@@ -265,6 +269,7 @@ def _status(error: Exception) -> int:
     from bytelm.coding import CodeError
     from bytelm.data.readers import DataError
     from bytelm.parallel.hosts import Lost
+    from bytelm.protocol import ImpossibleText
     from bytelm.train.loop import Diverged, Interrupted
     from bytelm.vocab import ReservedByteError
 
@@ -275,7 +280,8 @@ def _status(error: Exception) -> int:
         return EXIT_DIVERGED
     if isinstance(error, Lost):
         return EXIT_CHECK_FAILED
-    if isinstance(error, (ConfigError, CheckpointError, CodeError, DataError, ReservedByteError, ImportError, OSError)):
+    mine = (ConfigError, CheckpointError, CodeError, DataError, ReservedByteError, ImpossibleText, ImportError, OSError)
+    if isinstance(error, mine):
         return _fail(str(error))
     raise error
 

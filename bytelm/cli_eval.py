@@ -80,6 +80,7 @@ def evaluate_command(args: list[str]) -> int:
 def _print_bits(options: EvalOptions, path: Path) -> int:
     """Bits per byte of one model."""
     from bytelm.byteview.byte_view import TokenizedLM
+    from bytelm.byteview.tokenizer_files import run_tokenizer
     from bytelm.data.pipeline import load_text
     from bytelm.data.sources import open_corpus
     from bytelm.evals.bpb import BitsPerByte, bits_per_byte, first_bytes
@@ -87,8 +88,9 @@ def _print_bits(options: EvalOptions, path: Path) -> int:
     from bytelm.protocol import ByteLM
     from bytelm.seq2seq_lm import Seq2SeqLM
 
-    lm = bytelm.load(path, checkpoint=options.checkpoint, reserved=options.reserved, config=options.config,
-                     deletion=options.deletion, semantics=options.semantics)  # fmt: skip
+    tokens_run = run_tokenizer(path) is not None
+    lm = bytelm.load(path, checkpoint=options.checkpoint, reserved=None if tokens_run else options.reserved,
+                     config=options.config, deletion=options.deletion, semantics=options.semantics)  # fmt: skip
     if isinstance(lm, Seq2SeqLM):
         return _print_targets(options, path, lm)
     tokenized = isinstance(lm, TokenizedLM)
@@ -105,9 +107,15 @@ def _print_bits(options: EvalOptions, path: Path) -> int:
     sources = load_text(_run_data(path))[0] if options.compare else []
     window = options.window or lm.window
 
+    replaces = tokens_run and (options.reserved or _run_data(path).reserved) == "replace"
+
+    def read(documents: list[bytes]) -> list[bytes]:
+        """As a run of tokens reads them; its bits are over the bytes of the text as it is."""
+        return [d.decode(errors="replace").encode() for d in documents] if replaces else documents
+
     def measure(lm: ByteLM) -> BitsPerByte:
         return bits_per_byte(
-            lambda documents: [-s.total for s in lm.score_batch(documents, window=window)],
+            lambda documents: [-s.total for s in lm.score_batch(read(documents), window=window)],
             first_bytes(text, options.max_bytes), window,
         )  # fmt: skip
 
@@ -123,7 +131,7 @@ def _print_bits(options: EvalOptions, path: Path) -> int:
         record |= {"bpb_strict": result.bpb, "bpb_released": other.bpb}
     if isinstance(lm, TokenizedLM):
         tokens = bits_per_byte(
-            lambda documents: [-total for total in lm.score_tokens(documents)],
+            lambda documents: [-total for total in lm.score_tokens(read(documents))],
             first_bytes(text, options.max_bytes), lm.model.config.context,
         )  # fmt: skip
         record |= {"family": "tokenized", "bpb": tokens.bpb, "bpb_masked": result.bpb}
@@ -138,8 +146,8 @@ def _print_bits(options: EvalOptions, path: Path) -> int:
     print(f"{name}: {result.bytes:,} bytes in {result.documents} document(s), windows of {window}")
     if tokens is not None:
         print(f"  {path}: {tokens.bpb:.4f} bits per byte by its own tokens, {result.bpb:.4f} by the byte view")
-        return EXIT_OK
-    rows = [(str(path), result.bpb, "this model"), *((ln.name, ln.bpb, ln.source) for ln in lines)]
+    rows = [] if tokens is not None else [(str(path), result.bpb, "this model")]
+    rows += [(ln.name, ln.bpb, ln.source) for ln in lines]
     if other is not None:
         print(f"  {path}: {other.bpb:.4f} bits per byte with released guides, which know of a word before its "
               "first character is whole; without:")  # fmt: skip

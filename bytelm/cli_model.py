@@ -86,10 +86,11 @@ class ConvertOptions:
 
 
 def convert(args: list[str]) -> int:
+    from bytelm.byteview.tokenizer_files import vocabulary_in
     from bytelm.interop.published import is_model, open_model, save_hf, save_hnet
     from bytelm.interop.trained_tokens import save_token_lm
     from bytelm.interop.weights import save_weights
-    from bytelm.lm import load_run, load_vocabulary, tokenizer_of
+    from bytelm.lm import load_run, trained_tokenizer
 
     options = tyro.cli(ConvertOptions, args=args, prog="bytelm convert")
     if options.target.exists() and any(options.target.iterdir() if options.target.is_dir() else [options.target]):
@@ -103,8 +104,9 @@ def convert(args: list[str]) -> int:
     if isinstance(model, TokensConfig):
         if options.to == "hnet":
             raise ConfigError("--to hnet: a model of tokens is no H-Net")
-        vocabulary, file = load_vocabulary(options.source, model.vocabulary), tokenizer_of(options.source)
-        assert file is not None and vocabulary.start is not None
+        file = trained_tokenizer(options.source, options.checkpoint)
+        vocabulary = vocabulary_in(file)
+        assert vocabulary.start is not None
         save_token_lm(options.target, file, vocabulary.start, vocabulary.ends[0], model, params, context, options.dtype)
     elif options.to == "hnet":
         save_hnet(options.target, model, params, options.dtype)

@@ -212,9 +212,10 @@ def generate_bytes(
                 ends = np.flatnonzero(row == END)
                 before = len(made[i])
                 made[i] = (made[i] + row[: ends[0] if len(ends) else None].astype(np.uint8).tobytes())[:max_bytes]
-                cuts = [at for at in (made[i].find(s, max(before - hold, 0)) for s in stop) if at >= 0]
+                found = ((made[i].find(s, max(before - hold, 0)), s) for s in stop)
+                cuts = [(at + len(s), at) for at, s in found if at >= 0]  # the first that is whole, byte by byte
                 if cuts:
-                    made[i] = made[i][: min(cuts)]
+                    made[i] = made[i][: min(cuts)[1]]
                 if cuts or len(ends) or len(made[i]) >= max_bytes:
                     live.discard(i)
                 release = len(made[i]) - (hold if i in live else 0)

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from bytelm.boundaries import Boundaries, first_rows, text_boundaries
 from bytelm.byteview.byte_view import TokenizedLM
 from bytelm.byteview.token_model import TokenModel
-from bytelm.byteview.tokenizer_files import read_chat_template, read_vocabulary, token_ids, vocabulary_in
+from bytelm.byteview.tokenizer_files import (
+    read_chat_template,
+    read_vocabulary,
+    run_tokenizer,
+    token_ids,
+    tokenizer_hash,
+    vocabulary_in,
+)
 from bytelm.byteview.tokenizer_json import vocabulary_of
 from bytelm.byteview.vocabulary import Vocabulary
 from bytelm.cached_steps import CachedSteps
@@ -119,7 +126,8 @@ class NetworkLM(ByteLM):
         `wait`: in batched generation with an H-Net, rows wait at their boundaries until this share of them
         does, so that the inner network runs less often; 0: they never wait. The bytes are the same.
         `draft`: how next bytes are guessed, to be verified several at once (`drafts.py`): not at all, copied from the
-        text, or by an H-Net's own decoder; the bytes are the same, `counts` says how often it guessed right.
+        text, or by an H-Net's own decoder; the bytes are the same but where rounding decides, and `counts` says how
+        often it guessed right.
         """
         if not 0 <= wait <= 1:
             raise ConfigError(f"wait={wait}: must be in [0, 1]")
@@ -302,7 +310,7 @@ def load(
         raise ConfigError(f"draft={draft!r}: a tokenized model verifies no drafts yet")
     if path.suffix == ".gguf" or (path.is_dir() and token_lm.is_token_lm(read_record(path))):
         return _tokenized(path, dtype, mesh, semantics=semantics or "masked", beam=beam, long_text=long_text)
-    trained = tokenizer_of(path) is not None
+    trained = run_tokenizer(path) is not None
     if mesh is not None:
         raise ConfigError(
             f"mesh: {path} is no published tokenized model; only those are laid over several devices to be asked"
@@ -321,9 +329,11 @@ def load(
         raise ConfigError(f"{path} is a run with a config of its own; config goes with a bare file of weights")
     run, params = load_run(path, checkpoint)
     if isinstance(run.model, TokensConfig):
-        return _trained_tokens(
-            path, run, params, dtype, semantics=semantics or "masked", beam=beam, long_text=long_text
-        )
+        for name, given in (("draft", draft != "none"), ("wait", wait), ("deletion", deletion), ("reserved", reserved)):
+            if given:
+                raise ConfigError(f"{name}: {path} is a tokenized model, which has none")
+        options = {"semantics": semantics or "masked", "beam": beam, "long_text": long_text}
+        return _trained_tokens(path, checkpoint, run, params, dtype, **options)
     kept = reserved or run.data.reserved
     return _as_lm(_with_dtype(run.model, dtype), params, run.data.seq_len, kept, wait, draft, deletion)
 
@@ -346,31 +356,31 @@ def _tokenized(path: Path, dtype: str | None, mesh: MeshConfig | None, **options
     return TokenizedLM(TokenModel(config, params, devices), vocabulary, chat_template=template, **options)
 
 
-def tokenizer_of(path: Path) -> Path | None:
-    """The tokenizer of a run whose model reads tokens, given the run's folder or one of its checkpoints; None where
-    there is none."""
-    for folder in (path, path.parent, path.parent.parent):  # run/checkpoints/STEP
-        if (folder / "tokenizer.json").is_file() and (folder / "checkpoints").is_dir():
-            return folder / "tokenizer.json"
-    return None
-
-
-def _trained_tokens(path: Path, run: Config, params: Params, dtype: str | None, **options: Any) -> TokenizedLM:
+def _trained_tokens(
+    path: Path, checkpoint: str, run: Config, params: Params, dtype: str | None, **options: Any
+) -> TokenizedLM:
     model = _with_dtype(run.model, dtype)
     assert isinstance(model, TokensConfig)
-    vocabulary = load_vocabulary(path, model.vocabulary)
+    file = trained_tokenizer(path, checkpoint)
     config = own_config(model, run.data.seq_len)
+    vocabulary = vocabulary_in(file, model.vocabulary)
     return TokenizedLM(TokenModel(config, decoder_params(params, model)), vocabulary, **options)
 
 
-def load_vocabulary(path: Path, size: int = 0) -> Vocabulary:
-    """The tokens of a tokenized model's folder or .gguf file, or of a run whose model has `size` of them. Raises
-    ConfigError where there are none."""
-    file = tokenizer_of(path)
+def trained_tokenizer(path: Path, checkpoint: str = "latest") -> Path:
+    """The tokenizer that a checkpoint of a run was trained with. Raises CheckpointError where it is not there."""
+    file, wanted = run_tokenizer(path), read_meta(_checkpoint_of(path, checkpoint)).get("tokenizer")
+    if file is None or tokenizer_hash(file) != wanted:
+        why = "is not there any more" if file is None else "is not the one that its weights were trained with"
+        raise CheckpointError(f"{path}: the run's tokenizer.json {why} (it stands in the run's folder)")
+    return file
+
+
+def load_vocabulary(path: Path) -> Vocabulary:
+    """The tokens of a tokenized model's folder or .gguf file, or of a run. Raises ConfigError where there are none."""
+    file = run_tokenizer(path)
     if file is not None:
-        return vocabulary_in(file, size)
-    if size:
-        raise CheckpointError(f"{path}: the run's tokenizer.json is not there any more (it stands in the run's folder)")
+        return vocabulary_in(file)
     if path.suffix == ".gguf":
         record, _, tokenizer = open_gguf(path)
         return vocabulary_of(tokenizer, **token_ids(record))
@@ -389,15 +399,19 @@ def _as_lm(
     return NetworkLM(config, params, context, reserved=reserved, wait=wait, draft=draft)
 
 
+def _checkpoint_of(path: Path, checkpoint: str) -> Path:
+    """The folder of a run's checkpoint, or the checkpoint that `path` is. Raises CheckpointError."""
+    if list_steps(path / "checkpoints") or list_steps(path / "best"):
+        return find_checkpoint(path, checkpoint)
+    if (path / "meta").is_dir():
+        return path
+    open_model(path)  # says what this folder is instead
+    raise CheckpointError(f"{path}: {NO_MODEL}")
+
+
 def load_run(path: Path, checkpoint: str = "latest") -> tuple[Config, Params]:
     """Config and weights of a run directory or one of its checkpoints. Raises CheckpointError, ConfigError."""
-    if list_steps(path / "checkpoints") or list_steps(path / "best"):
-        folder = find_checkpoint(path, checkpoint)
-    elif (path / "meta").is_dir():
-        folder = path
-    else:
-        open_model(path)  # says what this folder is instead
-        raise CheckpointError(f"{path}: {NO_MODEL}")
+    folder = _checkpoint_of(path, checkpoint)
     config = stored_config(read_meta(folder), str(folder))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(

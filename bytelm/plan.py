@@ -17,6 +17,7 @@ from bytelm.config import (
     HNetConfig,
     StackConfig,
     T5Config,
+    TokensConfig,
     UnitConfig,
     parse_layout,
     remat_field,
@@ -95,7 +96,7 @@ def make_plan(config: Config, devices: int = 0, chip: str = "", bytes_per_chunk:
         parameters=dict(sorted(parts.items(), key=lambda item: -item[1])),
         forward_flops_per_byte=forward,
         train_flops_per_byte=TRAIN_FACTOR * forward,
-        bytes_per_step=config.data.batch_size * config.data.seq_len,
+        bytes_per_step=round(config.data.batch_size * config.data.seq_len * _bytes_per_position(config)),
         mesh=mesh,
         memory=_memory(config, params, mesh, slots),
         chip=CHIPS.get(chip),
@@ -103,6 +104,10 @@ def make_plan(config: Config, devices: int = 0, chip: str = "", bytes_per_chunk:
         slots=slots,
         executed_flops_per_byte=TRAIN_FACTOR * model_flops(config, [t / n for n in slots]),
     )
+
+
+def _bytes_per_position(config: Config) -> float:
+    return target_bytes_per_chunk(config.model)[0] if isinstance(config.model, TokensConfig) else 1.0
 
 
 def model_flops(config: Config, bytes_per_chunk: Sequence[float]) -> float:
@@ -260,7 +265,8 @@ def describe_plan(config: Config, plan: Plan) -> str:
     lines += [
         "",
         f"useful FLOPs per byte: {engineering(plan.forward_flops_per_byte)} forward, "
-        f"{engineering(plan.train_flops_per_byte)} training (rows of {config.data.seq_len} bytes)",
+        f"{engineering(plan.train_flops_per_byte)} training (rows of {config.data.seq_len} "
+        f"{'tokens' if isinstance(config.model, TokensConfig) else 'bytes'})",
         *_describe_chunks(plan),
         f"a step reads {plan.bytes_per_step:,} bytes; {steps:,} steps read {engineering(total)} bytes "
         f"and cost {engineering(total * plan.train_flops_per_byte)} FLOPs",

@@ -1,6 +1,7 @@
 """The tokenizer in a model's folder, whatever file it is in, and which tokens start and end a text."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,23 @@ def read_vocabulary(folder: Path, record: dict[str, Any]) -> Vocabulary:
     if found.start is None:
         found = _with_start(found, folder)
     return found
+
+
+RUN_TOKENIZER = "tokenizer.json"  # in the folder of a run whose model reads tokens
+
+
+def run_tokenizer(path: Path) -> Path | None:
+    """The tokenizer of a run whose model reads tokens, given the run's folder or one of its checkpoints; None where
+    there is none."""
+    path = path.resolve()
+    run = path.parent.parent if path.parent.name in ("checkpoints", "best") else path
+    found = run / RUN_TOKENIZER
+    return found if found.is_file() and (run / "config.yaml").is_file() else None
+
+
+def tokenizer_hash(path: Path) -> str:
+    """What a checkpoint remembers of the tokenizer that its weights belong to."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def vocabulary_in(path: Path, size: int = 0) -> Vocabulary:

@@ -240,7 +240,8 @@ class Batches:
         self._packing = shape
         if state is not None and state["packing"] != self._packing:
             raise ConfigError(
-                "data.packing, seq_len, piece_bytes, packing_bins, shuffle, task or train.seed have changed since the "
+                "data.packing, seq_len, piece_bytes, packing_bins, shuffle, task, train.seed, or what cuts words into "
+                "tokens (the tokenizer, token_splits, merge_dropout) have changed since the "
                 f"checkpoint ({state['packing']} -> {self._packing}): its data position does not fit; set them back, "
                 "or start a new run from its weights with train.init_from"
             )

@@ -78,8 +78,13 @@ class TokenEvaluation(Evaluation):
     tokens."""
 
     def __init__(self, config: Config, mesh: Mesh, eval_step: Any, text: Corpus, tokenizer: Tokenizer):
+        """Raises DataError where the text is none that the tokenizer reads."""
         super().__init__(config, mesh, eval_step, text)
         self.tokenizer = tokenizer
+        for document in range(len(text)):
+            name, offset = text.place(document)
+            data = text.read(document)
+            tokenizer.characters(data, f"{name}[{offset}:{offset + len(data)}]")
 
     def _measure(self, logprobs: LogProbs, documents: Iterable[bytes]) -> BitsPerByte:
         def targets_of(text: bytes) -> np.ndarray:

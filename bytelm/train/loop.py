@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import yaml
 
+from bytelm.byteview.tokenizer_files import tokenizer_hash
 from bytelm.checkpoint import (
     FORMAT,
     CheckpointError,
@@ -94,7 +95,6 @@ def train(config: Config) -> Result:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_own(run_dir, first))
-        tokenizer = open_tokenizer(config, run_dir, sources, progress.note) if ids is None else None
         checkpoints = Checkpoints(run_dir, config.checkpoint)
         stack.callback(checkpoints.close)
         stack.enter_context(jax.set_mesh(mesh))
@@ -115,6 +115,11 @@ def train(config: Config) -> Result:
             if fitted:
                 progress.note("word reader: " + ", ".join(f"{name} {value:.3g}" for name, value in fitted.items()))
         step, best = int(state["step"]), meta.get("best_bpb")
+        tokenizer, belongs = None, {}
+        if ids is None:
+            begun = meta.get("tokenizer", "of no checkpoint") if saved else None
+            tokenizer = open_tokenizer(config, run_dir, sources, begun, progress.note)
+            belongs = {"tokenizer": tokenizer_hash(tokenizer.path)}
         if meta.get("best_over") != _best_over(config):  # evaluations of other text or size do not compare
             best = None
         marks = text_marks(config, sources, state["params"], setup.replicated, progress.note)
@@ -162,12 +167,14 @@ def train(config: Config) -> Result:
             progress.heldout(step, health.seen, result)
             if max_bytes == config.eval.max_bytes and result.bpb < (math.inf if best is None else best):
                 best = result.bpb
-                checkpoints.save_best(step, state["params"], make_meta(config, step, bytes=health.seen, best_bpb=best))
+                checkpoints.save_best(
+                    step, state["params"], make_meta(config, step, bytes=health.seen, best_bpb=best, **belongs)
+                )
             return result
 
         def save(wait: bool = False) -> None:
             meta = make_meta(config, step, bytes=health.seen, best_bpb=best, best_over=_best_over(config),
-                             commit=commit, versions=versions())  # fmt: skip
+                             commit=commit, versions=versions(), **belongs)  # fmt: skip
             checkpoints.save(step, state, join_states(hosts.gather(batches.state())), meta, wait)
 
         state, capacity = _resumed_capacity(config, state)

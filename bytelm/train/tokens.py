@@ -6,13 +6,15 @@ import hashlib
 import os
 import shutil
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from bytelm.byteview.dropout import MergeDropout
-from bytelm.byteview.tokenizer_files import vocabulary_in
+from bytelm.byteview.tokenizer_files import RUN_TOKENIZER, run_tokenizer, tokenizer_hash, vocabulary_in
+from bytelm.byteview.vocabulary import Vocabulary
 from bytelm.config import Config, ConfigError, DataConfig, TokensConfig
 from bytelm.data.corpus import Corpus
 from bytelm.data.marks import corpus_identity
@@ -20,7 +22,6 @@ from bytelm.data.readers import DataError
 from bytelm.data.sources import cache_folder
 from bytelm.data.tokens import RandomSplits, Recut, TokenIds, TokenText, ends_table
 
-FILE = "tokenizer.json"  # in a run's folder
 LEARNED_FROM = 256 << 20  # bytes of text at most that a tokenizer is learned from
 END = "<|endoftext|>"  # the control token of a tokenizer that is learned here
 
@@ -37,13 +38,24 @@ class Tokenizer:
         assert self.vocabulary.start is not None
         self.ids = TokenIds(self.vocabulary.start, self.vocabulary.ends[0], widths, len(self.vocabulary.lead))
 
-    def encode(self, text: bytes, where: str) -> list[int]:
-        """Tokens of a document. Raises DataError for what has none."""
+    def characters(self, text: bytes, where: str) -> str:
+        """A document as the tokenizer reads it. Raises DataError for what is no text, or not in its normal form."""
+        normal = self.vocabulary.normal
         try:
-            ids = self.vocabulary.encode(text.decode(errors="replace").encode() if self.replaces else text)
+            found = text.decode(errors="replace" if self.replaces else "strict")
         except UnicodeDecodeError as e:
             raise DataError(f"{where}: byte {e.start} of the document is no UTF-8, which a tokenizer needs: clean the "
                             "text, or set data.reserved=replace (U+FFFD instead)") from None  # fmt: skip
+        if not normal or unicodedata.is_normalized(normal, found):
+            return found
+        if not self.replaces:
+            raise DataError(f"{where}: is not in the form {normal}, which the tokenizer needs: normalize the text, or "
+                            "set data.reserved=replace (it is done then)")  # fmt: skip
+        return unicodedata.normalize(normal, found)
+
+    def encode(self, text: bytes, where: str) -> list[int]:
+        """Tokens of a document. Raises DataError for what has none."""
+        ids = self.vocabulary.encode(self.characters(text, where).encode())
         if ids is None:
             raise DataError(f"{where}: holds what the tokenizer has no tokens for")
         return ids
@@ -55,33 +67,77 @@ class Tokenizer:
         return MergeDropout(self.path, config.merge_dropout) if config.merge_dropout else None
 
 
-def open_tokenizer(config: Config, run_dir: Path, sources: list[Corpus], note: Note) -> Tokenizer:
-    """The tokenizer of a run: the one in its folder; else the one given, or one learned now, which are put there.
-    Raises ConfigError when it does not fit the model, or another one is given than the run began with."""
+def open_tokenizer(config: Config, run_dir: Path, sources: list[Corpus], begun: str | None, note: Note) -> Tokenizer:
+    """The tokenizer of a run, in its folder. `begun`: the hash of the one that the run's checkpoint was trained with,
+    which it must be; None: the run begins now, with the one given, that of train.init_from, or one learned from the
+    text. Raises ConfigError when it does not fit the model, or is another one than it should be."""
     assert isinstance(config.model, TokensConfig)
-    path, given = run_dir / FILE, config.data.tokenizer
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / "tokenizer.lock", "w") as lock:  # several processes want it: one makes it
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if given and not Path(given).is_file():
-            raise ConfigError(f"data.tokenizer={given}: no such file")
-        if not path.exists():
-            temporary = run_dir / "tokenizer.tmp"
-            if given:
-                vocabulary_in(Path(given))  # says what is wrong with it
-                shutil.copyfile(given, temporary)
-            else:
-                note(f"learning {config.model.vocabulary:,} byte pairs from the training text; kept in {path}")
-                _learn(sources, config.model.vocabulary, temporary)
-            temporary.replace(path)
-        elif given and Path(given).read_bytes() != path.read_bytes():
-            raise ConfigError(f"data.tokenizer={given} is not what the run began with ({path})")
-    (run_dir / "tokenizer.lock").unlink(missing_ok=True)
+    path, given = run_dir / RUN_TOKENIZER, config.data.tokenizer
+    if given and not Path(given).is_file():
+        raise ConfigError(f"data.tokenizer={given}: no such file")
+    if begun is None:
+        _begin(config, path, sources, note)
+    elif not path.is_file() or tokenizer_hash(path) != begun:
+        raise ConfigError(f"{path}: {'is not what' if path.is_file() else 'is not there any more, but'} the weights of "
+                          "this run were trained with; put it back")  # fmt: skip
+    elif given and tokenizer_hash(Path(given)) != begun:
+        raise ConfigError(f"data.tokenizer={given} is not what the run began with ({path})")
     tokenizer = Tokenizer(path, config.data.reserved)
-    if len(tokenizer.ids.widths) > config.model.vocabulary:
-        raise ConfigError(f"model.vocabulary={config.model.vocabulary}: {given or path} has "
-                          f"{len(tokenizer.ids.widths)} tokens; set it to that, or more")  # fmt: skip
+    check_size(config, tokenizer.vocabulary, given or str(path))
     return tokenizer
+
+
+def check_given(config: Config) -> None:
+    """Raises ConfigError where the tokenizer that a config names cannot be the model's."""
+    given = config.data.tokenizer
+    if given and not Path(given).is_file():
+        raise ConfigError(f"data.tokenizer={given}: no such file")
+    if given:
+        check_size(config, vocabulary_in(Path(given)), given)
+        Tokenizer(Path(given)).recut(config.data)
+
+
+def check_size(config: Config, vocabulary: Vocabulary, where: str) -> None:
+    assert isinstance(config.model, TokensConfig)
+    if len(vocabulary.tokens) > config.model.vocabulary:
+        raise ConfigError(f"model.vocabulary={config.model.vocabulary}: {where} has {len(vocabulary.tokens)} tokens; "
+                          "set it to that, or more")  # fmt: skip
+
+
+def _begin(config: Config, path: Path, sources: list[Corpus], note: Note) -> None:
+    """Puts the tokenizer of a run that begins into its folder, unless another process has, or an earlier start of the
+    same run."""
+    assert isinstance(config.model, TokensConfig)
+    given = Path(config.data.tokenizer) if config.data.tokenizer else None
+    if config.train.init_from:
+        there = run_tokenizer(Path(config.train.init_from))
+        if there is None:
+            raise ConfigError(
+                f"train.init_from={config.train.init_from}: has no {RUN_TOKENIZER} that its weights are for"
+            )
+        if given is not None and tokenizer_hash(given) != tokenizer_hash(there):
+            raise ConfigError(f"data.tokenizer={given} is not what the weights of train.init_from are for ({there})")
+        given = there
+    if given is not None:
+        wanted = tokenizer_hash(given)
+    else:
+        wanted = f"{config.model.vocabulary} byte pairs of {' '.join(map(corpus_identity, sources))}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    origin = path.with_suffix(".from")  # what the tokenizer there was made of
+    with open(path.with_suffix(".lock"), "w") as lock:  # several processes want it: one makes it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists() and origin.exists() and origin.read_text(encoding="utf-8") == wanted:
+            return
+        temporary = path.with_suffix(".tmp")
+        if given is not None:
+            vocabulary_in(given)  # says what is wrong with it
+            shutil.copyfile(given, temporary)
+        else:
+            note(f"learning {config.model.vocabulary:,} byte pairs from the training text; kept in {path}")
+            _learn(sources, config.model.vocabulary, temporary)
+        origin.unlink(missing_ok=True)
+        temporary.replace(path)
+        origin.write_text(wanted, encoding="utf-8")
 
 
 def _learn(sources: list[Corpus], size: int, path: Path) -> None:

@@ -1,8 +1,11 @@
 """Models of tokens, which byte models are compared with: tokens and pieces, the run, its byte view, files."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 import bytelm
 from bytelm.byteview.dropout import MergeDropout
+from bytelm.byteview.tokenizer_files import tokenizer_hash
 from bytelm.cli import run as cli
 from bytelm.cli_model import convert
 from bytelm.codec import dumps
@@ -23,6 +27,7 @@ from bytelm.data.pipeline import Batches, load_text
 from bytelm.data.readers import DataError
 from bytelm.data.tokens import RandomSplits, TokenPieces
 from bytelm.metrics import read_metrics
+from bytelm.plan import make_plan
 from bytelm.train.loop import train
 from bytelm.train.tokens import open_tokenizer, text_tokens
 from tiny import run_config
@@ -59,7 +64,8 @@ def texts(place, run):
         place / "run", place / "cache", data={"train": (str(place / "t.jsonl"),), "valid": ("bundled:shakespeare[:9]",)}
     )
     (corpus,) = load_text(config.data)[0]
-    tokenizer = open_tokenizer(config, place / "run", [corpus], lambda note: pytest.fail("learned twice"))
+    begun = tokenizer_hash(place / "run" / "tokenizer.json")
+    tokenizer = open_tokenizer(config, place / "run", [corpus], begun, lambda note: pytest.fail("learned twice"))
     return config, corpus, tokenizer, text_tokens(tokenizer, [corpus], str(place / "cache"), quiet)[0]
 
 
@@ -170,7 +176,8 @@ def test_resume_and_worker_processes_change_nothing(run, place, drawn):
     config, _ = run
     config = token_run(place / "run", place / "cache", data={**drawn, "shards": 2, "batch_size": 2})
     sources = load_text(config.data)[0]
-    tokenizer = open_tokenizer(config, place / "run", sources, quiet)
+    begun = tokenizer_hash(place / "run" / "tokenizer.json")
+    tokenizer = open_tokenizer(config, place / "run", sources, begun, quiet)
     tokens, recut = text_tokens(tokenizer, sources, str(place / "cache"), quiet), tokenizer.recut(config.data)
 
     def batches(data=config.data, state=None):
@@ -248,7 +255,8 @@ def test_mistakes_are_named(run, place, tmp_path):
     config, _ = run
     with pytest.raises(ConfigError, match="not what the run began with"):
         (tmp_path / "other.json").write_text((place / "run/tokenizer.json").read_text() + "\n")
-        train(token_run(place / "run", place / "cache", data={"tokenizer": str(tmp_path / "other.json")}))
+        other = {"tokenizer": str(tmp_path / "other.json")}
+        train(token_run(place / "run", place / "cache", data=other, train={"allow_config_change": True}))
     with pytest.raises(ConfigError, match="no such file"):
         train(token_run(tmp_path / "a", place / "cache", data={"tokenizer": str(tmp_path / "none.json")}))
     with pytest.raises(ConfigError, match="is no tokenizer.json"):
@@ -276,3 +284,76 @@ def test_mistakes_are_named(run, place, tmp_path):
         dataclasses.replace(config.data, token_splits=0.1, merge_dropout=0.1)
     with pytest.raises(ConfigError, match="is no H-Net"):
         convert([str(place / "run"), str(tmp_path / "h"), "--to", "hnet"])
+
+
+def test_a_tokenizer_stays_with_its_weights(run, place, tmp_path):
+    """One left by a start that trained nothing is made anew for another vocabulary or text; under trained weights it
+    must be the one they were trained with, in the run, when loading and when starting from them."""
+    _, result = run
+    shutil.copytree(place / "run", tmp_path / "moved")
+    for name in ("checkpoints", "best"):
+        shutil.rmtree(tmp_path / "moved" / name)
+    larger = dataclasses.replace(MODEL, vocabulary=400)
+    train(token_run(tmp_path / "moved", place / "cache", larger, steps=2))
+    again = json.loads((tmp_path / "moved" / "tokenizer.json").read_text())
+    assert len(again["model"]["vocab"]) == 400
+    lm = bytelm.load(tmp_path / "moved" / "checkpoints" / "2")
+    assert len(lm.vocabulary.tokens) == 400
+    with monkey_dir(tmp_path / "moved" / "checkpoints"):
+        assert len(bytelm.load("2").vocabulary.tokens) == 400
+    (tmp_path / "moved" / "tokenizer.json").write_bytes((place / "run" / "tokenizer.json").read_bytes())
+    with pytest.raises(bytelm.checkpoint.CheckpointError, match="not the one that its weights were trained with"):
+        bytelm.load(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="is not what the weights of this run were trained with"):
+        train(token_run(tmp_path / "moved", place / "cache", larger, steps=4))
+    (tmp_path / "moved" / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="is not there any more, but the weights"):
+        train(token_run(tmp_path / "moved", place / "cache", larger, steps=4))
+    start = {"init_from": str(place / "run")}
+    with pytest.raises(ConfigError, match="is not what the weights of train.init_from are for"):
+        other = tmp_path / "other.json"
+        other.write_text((place / "run/tokenizer.json").read_text() + "\n")
+        train(token_run(tmp_path / "from", place / "cache", data={"tokenizer": str(other)}, train=start, steps=2))
+    train(
+        token_run(
+            tmp_path / "from", place / "cache", train=start, steps=2, data={"train": ("bundled:shakespeare[:9000]",)}
+        )
+    )
+    assert (tmp_path / "from" / "tokenizer.json").read_bytes() == (place / "run" / "tokenizer.json").read_bytes()
+    for option in ({"draft": "copy"}, {"wait": 0.5}, {"deletion": "hard"}, {"reserved": "replace"}):
+        with pytest.raises(ConfigError, match=next(iter(option))):
+            bytelm.load(result.run_dir, **option)
+
+
+@contextlib.contextmanager
+def monkey_dir(path):
+    before = os.getcwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def test_commands_know_tokens(run, place, tmp_path, capsys):
+    """A run's figure comes again, on text that is no UTF-8 too; plans count bytes; a dry run reads the tokenizer."""
+    _, result = run
+    (tmp_path / "v.txt").write_bytes(b"some held-out text \xff and more of it " * 9)
+    data = {"valid": (str(tmp_path / "v.txt"),), "reserved": "replace", "tokenizer": str(place / "run/tokenizer.json")}
+    config = token_run(tmp_path / "r", place / "cache", data=data, steps=2, eval={"final_max_bytes": 0, "max_bytes": 0})
+    found = train(config)
+    capsys.readouterr()
+    assert cli(["eval", str(tmp_path / "r"), "--json"]) == 0
+    # In one window, as the run scored it: its rows are shorter.
+    assert json.loads(capsys.readouterr().out)["bpb"] == pytest.approx(found.heldout.bpb, rel=0.2)
+    assert cli(["eval", str(result.run_dir), "--text", str(tmp_path / "v.txt")]) == 2
+    assert "no UTF-8" in capsys.readouterr().err
+    with pytest.raises(DataError, match="v.txt.*no UTF-8"):
+        train(dataclasses.replace(config, data=dataclasses.replace(config.data, reserved="error"),
+                                  train=dataclasses.replace(config.train, run_dir=str(tmp_path / "s"))))  # fmt: skip
+    assert make_plan(config).bytes_per_step == round(3.5 * 8 * 24)
+    (tmp_path / "c.yaml").write_text(
+        dumps(dataclasses.replace(config, model=dataclasses.replace(MODEL, vocabulary=300)))
+    )
+    assert cli(["train", str(tmp_path / "c.yaml"), "--dry-run"]) == 2
+    assert "model.vocabulary=300" in capsys.readouterr().err
