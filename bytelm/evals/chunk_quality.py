@@ -139,7 +139,8 @@ def chunk_unit(entrant: Entrant, documents: Iterable[bytes], seed: int) -> tuple
     details: dict[str, Any] = {}
     for level in range(len(found[0]) if found else 0):
         figures, lengths = level_figures(texts, [starts[level] for starts in found])
-        slices = [text[:400] for text in texts if len(text) >= 100][:16]
+        slices = [text[i : i + 400] for text in texts for i in range(0, len(text) - 99, 400)]
+        slices = slices[:: max(len(slices) // 16, 1)][:16]  # from all over the text, one long document or many
         figures["stability"] = stability(entrant.lm, slices, level, seed)
         metrics |= {f"{name}_{level}": value for name, value in figures.items()}
         details[f"lengths_{level}"] = np.bincount(np.minimum(lengths, 32), minlength=33).tolist()
