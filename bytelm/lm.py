@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,6 @@ from bytelm.config import (
     ModelConfig,
     T5Config,
     TokensConfig,
-    UnitConfig,
     longest_row,
 )
 from bytelm.data.words import WordRule
@@ -54,7 +52,7 @@ from bytelm.interop.gguf_file import open_gguf
 from bytelm.interop.published import NO_MODEL, is_model, open_model, open_tensors, read_record, weights_file
 from bytelm.interop.trained_tokens import decoder_params, own_config
 from bytelm.models.build import Params, byte_ids, structure, word_rule
-from bytelm.models.flops import target_bytes_per_chunk
+from bytelm.models.slot_guess import SlotGuess
 from bytelm.models.token_lm import token_structure
 from bytelm.parallel.mesh import make_mesh
 from bytelm.parallel.rules import TOKEN_RULES, state_shardings
@@ -82,29 +80,6 @@ def _levels(graph, params, inputs):
 def _forward_last(graph, params, symbols, inputs, lengths):
     logits = nnx.merge(graph, params)(inputs).logits
     return jax.numpy.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0, symbols]
-
-
-class SlotGuess:
-    """How many slots to try for the chunks of rows to score: as many as the model's usual chunks need with a margin of
-    a half, in eighths of the row; every other place of a row of chunks would be computed for nothing. Too few are
-    noticed, and the row is computed with all: what is guessed decides the time, not the result."""
-
-    def __init__(self, config: ModelConfig):
-        spans = target_bytes_per_chunk(config) if isinstance(config, UnitConfig) else ()
-        self._shares = [min(math.ceil(8 * 1.5 / span) / 8, 1.0) for span in spans]
-        self._tries = self._misses = 0
-
-    def slots(self, width: int) -> tuple[int, ...] | None:
-        """Slots of each level for rows so wide; None: all. Rows that are short, or mostly missed, get all."""
-        if not self._shares or width < 64 or 4 * self._misses > self._tries + 4:
-            return None
-        return tuple(math.ceil(share * width) for share in self._shares)
-
-    def enough(self, slots: tuple[int, ...], needs: list[int]) -> bool:
-        """Whether rows that needed so many had them."""
-        enough = all(need <= have for need, have in zip(needs, slots, strict=True))
-        self._tries, self._misses = self._tries + 1, self._misses + (not enough)
-        return enough
 
 
 class NetworkLM(ByteLM):
@@ -332,8 +307,8 @@ def load(
         for name, given in (("draft", draft != "none"), ("wait", wait), ("deletion", deletion), ("reserved", reserved)):
             if given:
                 raise ConfigError(f"{name}: {path} is a tokenized model, which has none")
-        options = {"semantics": semantics or "masked", "beam": beam, "long_text": long_text}
-        return _trained_tokens(path, checkpoint, run, params, dtype, **options)
+        return _trained_tokens(path, checkpoint, run, params, dtype,
+                               semantics=semantics or "masked", beam=beam, long_text=long_text)  # fmt: skip
     kept = reserved or run.data.reserved
     return _as_lm(_with_dtype(run.model, dtype), params, run.data.seq_len, kept, wait, draft, deletion)
 
@@ -361,9 +336,8 @@ def _trained_tokens(
 ) -> TokenizedLM:
     model = _with_dtype(run.model, dtype)
     assert isinstance(model, TokensConfig)
-    file = trained_tokenizer(path, checkpoint)
     config = own_config(model, run.data.seq_len)
-    vocabulary = vocabulary_in(file, model.vocabulary)
+    vocabulary = vocabulary_in(trained_tokenizer(path, checkpoint), model.vocabulary)
     return TokenizedLM(TokenModel(config, decoder_params(params, model)), vocabulary, **options)
 
 

@@ -123,10 +123,8 @@ def train(config: Config) -> Result:
         if meta.get("best_over") != _best_over(config):  # evaluations of other text or size do not compare
             best = None
         marks = text_marks(config, sources, state["params"], setup.replicated, progress.note)
-        tokens, recut = (), None
-        if tokenizer is not None:
-            tokens = text_tokens(tokenizer, sources, config.data.cache_dir, progress.note)
-            recut = tokenizer.recut(config.data)
+        tokens = text_tokens(tokenizer, sources, config.data.cache_dir, progress.note) if tokenizer else ()
+        recut = tokenizer.recut(config.data) if tokenizer else None
         batches = Batches(sources, config.data, ids, seed=config.train.seed, state=data_state, rows=mine, marks=marks,
                           tokens=tokens, recut=recut)  # fmt: skip
         stack.callback(batches.close)
