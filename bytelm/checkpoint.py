@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from bytelm.codec import from_dict, to_dict
@@ -178,18 +179,42 @@ def _manager(folder: Path, keep: int, period: int | None = None) -> ocp.Checkpoi
 
 def checksums(state: Any) -> dict[str, int]:
     """A number for each array that another one in its place would not have, by path: sums of its bits, weighted by
-    place, modulo 2^32. Arrays read back from a damaged file may be well-formed and wrong."""
+    place, modulo 2^32. Arrays read back from a damaged file may be well-formed and wrong.
 
+    Summed on the devices that hold them, or by numpy where that is this process's own memory: nothing to compile."""
+    leaves, tree = jax.tree.flatten(state)
+    on_host = all(x.is_fully_addressable and all(d.platform == "cpu" for d in x.devices()) for x in leaves)
+    sums = [_host_sum(np.asarray(x)) for x in leaves] if on_host else jax.device_get(_device_sums(leaves))
+    paths = jax.tree.leaves_with_path(jax.tree.unflatten(tree, sums))
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): int(v) for p, v in paths}
+
+
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes of an entry
+_STRIDE = 2654435761  # place i counts 1 + i * _STRIDE
+
+
+def _host_sum(x: np.ndarray, block: int = 1 << 20) -> int:
+    bits = np.ascontiguousarray(x).reshape(-1).view(_BITS[x.dtype.itemsize])
+    places = np.arange(min(block, bits.size), dtype=np.uint32) * np.uint32(_STRIDE) + np.uint32(1)
+    total = 0
+    for first in range(0, bits.size, block):
+        part = bits[first : first + block].astype(np.uint32)
+        here = places[: part.size] + np.uint32(first * _STRIDE % 2**32)
+        total += int(np.sum(part * here, dtype=np.uint32))
+    return total % 2**32
+
+
+@jax.jit
+def _device_sums(leaves: list[jax.Array]) -> list[jax.Array]:
     def one(x):
-        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+        bits = jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize])
         place, stride = jnp.ones(x.shape, jnp.uint32), 1
         for axis in reversed(range(x.ndim)):  # not flattened, so that every device sums what it has
-            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(2654435761 * stride % 2**32)
+            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(_STRIDE * stride % 2**32)
             stride *= x.shape[axis]
         return jnp.sum(bits.astype(jnp.uint32) * place, dtype=jnp.uint32)
 
-    sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(one, tree))(state))
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): int(v) for p, v in jax.tree.leaves_with_path(sums)}
+    return [one(x) for x in leaves]
 
 
 def _check_space(folder: Path, tree: Any) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight fake devices on two busy cores: a collective may wait long for its turn, which XLA would take for a deadlock.
-# And such as do not depend on each other may start in another order on each device, which is one.
+# And such as do not depend on each other may start in another order on each device, which is one. So is a pool whose
+# threads all wait in collectives of several kinds: it has as many threads as NPROC says.
+os.environ.setdefault("NPROC", "32")
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
