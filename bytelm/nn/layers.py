@@ -1,8 +1,10 @@
 """Linear maps, norm, MLP, embedding. Parameters are float32; each layer computes in the dtype it is given."""
 
 import math
+import string
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from bytelm.nn.products import contract
 from bytelm.parallel.mesh import shard
 
 
@@ -33,16 +36,14 @@ class Linear(nnx.Module):
         self.precision = precision
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        n = self.input_axes
-        dims = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
         kernel = self.kernel[...].astype(self.dtype)
-        return jax.lax.dot_general(
-            x.astype(self.dtype),
-            kernel,
-            (dims, ((), ())),
-            precision=self.precision,
-            preferred_element_type=self.output_dtype,
+        letters = iter(string.ascii_lowercase)
+        rows, inputs, outputs = (
+            "".join(islice(letters, count))
+            for count in (x.ndim - self.input_axes, self.input_axes, kernel.ndim - self.input_axes)
         )
+        spec = f"{rows}{inputs},{inputs}{outputs}->{rows}{outputs}"
+        return contract(spec, x.astype(self.dtype), kernel, self.output_dtype, self.precision)
 
 
 class RMSNorm(nnx.Module):
@@ -159,7 +160,9 @@ class GatedMLP(nnx.Module):
         self.down = Linear((f,), (d,), std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*b d"], dropout: Dropout | None = None) -> Float[Array, "*b d"]:
-        hidden = self.activation(self.gate(x)) * self.up(x)
+        # What the activation is made of is computed again in the backward pass: cheaper than to keep it.
+        gated = jax.checkpoint(lambda gate, up: self.activation(gate) * up, prevent_cse=False)
+        hidden = gated(self.gate(x), self.up(x))
         return self.down(hidden if dropout is None else dropout(hidden, 0))
 
 
@@ -200,12 +203,9 @@ class Embedding(nnx.Module):
 
     def attend(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Logits x . table, in float32 or wider."""
-        return jax.lax.dot_general(
-            x.astype(self.dtype),
-            self.table[...].astype(self.dtype),
-            (((x.ndim - 1,), (1,)), ((), ())),
-            preferred_element_type=wide(self.dtype),
-        )
+        rows = string.ascii_lowercase[: x.ndim - 1]
+        table = self.table[...].astype(self.dtype)
+        return contract(f"{rows}y,zy->{rows}z", x.astype(self.dtype), table, wide(self.dtype))
 
 
 def rotate(

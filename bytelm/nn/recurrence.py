@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bytelm.nn.layers import wide
+from bytelm.nn.products import contract
 from bytelm.parallel.mesh import platform
 
 
@@ -172,23 +173,23 @@ def _chunk_terms(x, dt, B, C, segments, A, before):
     log_decay = jnp.cumsum(jnp.moveaxis(dt * A, 1, 2), axis=-1)  # [b, h, q]
     visible = jnp.tril(jnp.ones((q, q), bool)) & (segments[:, :, None] == segments[:, None, :])
     between = jnp.where(visible[:, None], log_decay[..., :, None] - log_decay[..., None, :], -jnp.inf)
-    scores = jnp.einsum("bqn,bsn->bqs", C, B, preferred_element_type=kind)
+    scores = contract("bqn,bsn->bqs", C, B, kind)
     weights = scores[:, None] * jnp.exp(between) * jnp.moveaxis(dt, 1, 2)[:, :, None, :]
-    local = jnp.einsum("bhqs,bshp->bqhp", weights.astype(x.dtype), x, preferred_element_type=kind)
+    local = jnp.swapaxes(contract("bhqs,bhsp->bhqp", weights.astype(x.dtype), jnp.swapaxes(x, 1, 2), kind), 1, 2)
 
     same_start = (segments == before[:, None])[:, None]  # no segment began since the chunk's start
     gain = jnp.moveaxis(jnp.exp(jnp.where(same_start, log_decay, -jnp.inf)), 1, 2)
     last = segments[:, -1:]
     to_end = jnp.where((segments == last)[:, None], log_decay[..., -1:] - log_decay, -jnp.inf)
     share = jnp.moveaxis(jnp.exp(to_end), 1, 2) * dt  # [b, q, h]
-    added = jnp.einsum("bshp,bsn->bhpn", (share[..., None] * x).astype(x.dtype), B, preferred_element_type=kind)
+    added = contract("bshp,bsn->bhpn", (share[..., None] * x).astype(x.dtype), B, kind)
     kept = jnp.where(last == before[:, None], jnp.exp(log_decay[..., -1]), 0)[..., None, None]
     return local, gain, added, kept
 
 
 def _read(state, C, gain):
     """Output of the carried state [b, h, p, n] at the positions of a chunk."""
-    return jnp.einsum("bqn,bhpn->bqhp", C.astype(state.dtype), state) * gain[..., None]
+    return contract("bqn,bhpn->bqhp", C.astype(state.dtype), state) * gain[..., None]
 
 
 def linear_scan(

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.nn.layers import Dropout, Linear, wide
+from bytelm.nn.products import head_mix, head_scores
 
 QUERY_BLOCK = 256  # rows longer than two of them are done in blocks of at most so many queries
 HELD_BIAS = 1 << 25  # numbers of a position bias that are computed once for all blocks of a stack
@@ -116,7 +117,7 @@ def attend_block(
     measured). Scores and weights in float32 or wider. The excess counts masked keys, and queries from `real` on, as 0.
     """
     kind = wide(q.dtype)
-    scores = jnp.einsum("bqhk,bshk->bhqs", q, k, preferred_element_type=kind)
+    scores = head_scores(q, k, kind)
     if bias is not None:
         scores += bias.astype(kind)
     if keys.visible is not None:
@@ -131,7 +132,7 @@ def attend_block(
         scores = jnp.maximum(scores + keys.gate[:, None, None].astype(kind), jnp.finfo(kind).min)
     weights = softmax1(scores) if how.one else jax.nn.softmax(scores, axis=-1)
     weights = how.dropout(weights, 0).astype(v.dtype)
-    return jnp.einsum("bhqs,bshk->bqhk", weights, v), excess
+    return head_mix(weights, v), excess
 
 
 def relative_attend(q, k, v, bias: PositionBias | None, keys: Keys, how: Attending):

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm.nn.attention import attend, banded_attend, blocked_attend, causal_mask, full_attend, newest_position
+from bytelm.nn.attention import (
+    attend,
+    banded_attend,
+    blocked_attend,
+    causal_mask,
+    full_attend,
+    newest_position,
+    tiled_attend,
+)
 
 
 def qkv(t, seed=0, b=2, heads=4, groups=2, width=8):
@@ -24,15 +32,19 @@ def test_banded_equals_masked(t, window, packed):
     np.testing.assert_allclose(banded_attend(q, k, v, window, segments), want, atol=2e-6)
 
 
-@pytest.mark.parametrize("t,block", [(100, 32), (64, 16), (33, 64)])
+@pytest.mark.parametrize(
+    "form,t,block",
+    [(blocked_attend, 150, 16), (blocked_attend, 64, 16), (blocked_attend, 33, 64), (tiled_attend, 100, 32),
+     (tiled_attend, 64, 64)],
+)  # fmt: skip
 @pytest.mark.parametrize("packed", [False, True])
-def test_blocked_equals_masked_with_gradients(t, block, packed):
+def test_parts_of_the_row_equal_masked_with_gradients(form, t, block, packed):
     args = qkv(t, seed=t)
     segments = (
         jnp.asarray(np.cumsum(np.random.default_rng(t).random((2, t)) < 0.1, axis=1), jnp.int32) if packed else None
     )
     want = jax.vjp(lambda *a: attend(*a, causal_mask(t, 0, segments)), *args)
-    got = jax.vjp(lambda *a: blocked_attend(*a, segments, block), *args)
+    got = jax.vjp(lambda *a: form(*a, segments, block), *args)
     np.testing.assert_allclose(got[0], want[0], atol=2e-6)
     for g, w in zip(got[1](jnp.cos(want[0])), want[1](jnp.cos(want[0]))):
         np.testing.assert_allclose(g, w, atol=2e-5)
