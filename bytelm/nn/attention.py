@@ -78,7 +78,7 @@ def banded_attend(
     return y.reshape(b, blocks * block, h, width)[:, :t]
 
 
-QUERY_TILE, QUERY_BLOCK, KEY_SPANS = 128, 256, 4  # measured on CPU: benchmarks/attention
+QUERY_TILE, QUERY_BLOCK, KEY_SPANS = 128, 256, 4  # measured on CPU: benchmarks/products
 
 
 def tiled_attend(

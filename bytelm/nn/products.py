@@ -1,8 +1,8 @@
 """Matrix products whose results and gradients come out of the matmul as they are stored.
 
 XLA's CPU compiler writes the operands of a weight's gradient out anew, transposed, with the elementwise work in front
-of them done once more for it. Told the order of the result, it does not: a stack of SwiGLU layers takes half the time,
-and the products of attention a third less. Other backends choose their own layouts.
+of them done once more for it. Told the order of the result, it does not (`benchmarks/products`: a quarter to a half less
+time). Other backends choose their own layouts.
 """
 
 from functools import partial
