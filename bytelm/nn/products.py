@@ -1,8 +1,8 @@
 """Matrix products whose results and gradients come out of the matmul as they are stored.
 
 XLA's CPU compiler writes the operands of a weight's gradient out anew, transposed, with the elementwise work in front
-of them done once more for it. Told the order of the result, it does not (`benchmarks/products`: a quarter to a half less
-time). Other backends choose their own layouts.
+of them done once more for it. Told the order of the result, it does not (`benchmarks/products`: a quarter less
+time, or more). Other backends choose their own layouts.
 """
 
 from functools import partial
@@ -33,8 +33,8 @@ def _product(spec, a, b, dtype, precision):
     rows, columns = ([c for c in part if c not in other] for part, other in ((of_a, of_b), (of_b, of_a)))
     if out == "".join([*together, *columns, *rows]):  # the order of the operands is that of the result
         of_a, of_b, a, b, rows, columns = of_b, of_a, b, a, columns, rows
-    places = lambda letters: tuple(tuple(map(part.index, letters)) for part in (of_a, of_b))  # noqa: E731
-    y = jax.lax.dot_general(a, b, (places(summed), places(together)), precision, dtype)
+    pairs = [([of_a.index(c) for c in shared], [of_b.index(c) for c in shared]) for shared in (summed, together)]
+    y = jax.lax.dot_general(a, b, (pairs[0], pairs[1]), precision, dtype)
     return jnp.transpose(y, [[*together, *rows, *columns].index(c) for c in out])
 
 
