@@ -74,7 +74,8 @@ class Mamba2(nnx.Module):
 
     def _finish(self, y, x, z):
         # As a product of matrices: D's gradient is a long sum that cancels, and those are added up in several lanes.
-        y = y + jnp.einsum("...hp,h->...hp", x.astype(y.dtype), self.D[...].astype(y.dtype))
+        D, exact = self.D[...].astype(y.dtype), jax.lax.Precision.HIGHEST
+        y = y + jnp.einsum("...hp,h->...hp", x.astype(y.dtype), D, precision=exact)
         return self.out(self.norm(y * jax.nn.silu(z.astype(y.dtype))))
 
     def _mix(self, u, segments, valid):

@@ -69,5 +69,5 @@ def head_mix(weights: Float[Array, "b h q s"], v: Float[Array, "b s h k"]) -> Fl
 
 
 def _few(queries: int, keys: int) -> bool:
-    """On a cache, whose keys are not to be written out anew, head by head, for each step."""
-    return 4 * queries <= keys
+    """A step on a cache, whose keys are not to be written out anew, head by head, each time."""
+    return queries < 64 and 4 * queries <= keys
