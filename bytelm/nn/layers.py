@@ -56,31 +56,10 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         scale = self.scale[...]
-        x = _to_unit_size(x.astype(wide(x.dtype)), scale.ndim, self.eps)
+        axes = tuple(range(x.ndim - scale.ndim, x.ndim))
+        x = x.astype(wide(x.dtype))
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axes, keepdims=True) + self.eps)
         return (x * scale).astype(self.dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _to_unit_size(x, last: int, eps: float):
-    """x / sqrt(mean(x^2) + eps) over the `last` axes. Reverse mode only."""
-    return _to_unit_size_forward(x, last, eps)[0]
-
-
-def _to_unit_size_forward(x, last, eps):
-    size = jax.lax.rsqrt(jnp.mean(jnp.square(x), tuple(range(x.ndim - last, x.ndim)), keepdims=True) + eps)
-    return x * size, (x * size, size)
-
-
-def _to_unit_size_backward(last, eps, kept, g):
-    # The gradient stands at a right angle to x (but for eps), and what scales x as a whole has a gradient of nearly
-    # nothing: Mamba-2's D, where a rounded mean is an error of 1.8e-4. So y's own length is divided by, not one.
-    y, size = kept
-    axes = tuple(range(y.ndim - last, y.ndim))
-    along = jnp.sum(g * y, axes, keepdims=True) / jnp.maximum(jnp.sum(y * y, axes, keepdims=True), 1e-30)
-    return ((g - y * (along * (1 - eps * size * size))) * size,)
-
-
-_to_unit_size.defvjp(_to_unit_size_forward, _to_unit_size_backward)
 
 
 class LayerNorm(nnx.Module):
