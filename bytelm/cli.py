@@ -165,15 +165,18 @@ def plan(args: list[str]) -> int:
     4.8,9: of each level of an H-Net (default: its targets); --json: as JSON.
 
     --topology v5p:4x4x4 (or a cloud name: v5p-128, v5litepod-16, v6e-256): compiles the train step for that TPU slice
-    (extra: tpu) and adds memory as compiled, communication, times and chip-hours; --num-slices N: for N of them."""
+    (extra: tpu) and adds memory as compiled, communication, times and chip-hours; --num-slices N: for N of them.
+    --sweep: ranks all meshes of that slice by formulas instead; nothing is compiled."""
     from bytelm.data.sources import cache_folder
     from bytelm.plan import describe_plan, make_plan, to_json
     from bytelm.plan_pod import describe_pod_plan, make_pod_plan, pod_to_json
+    from bytelm.plan_sweep import describe_sweep, sweep, sweep_to_json
     from bytelm.topology import parse_topology
     from bytelm.train.init import with_parts
 
     source, rest = _config_command(args, "plan", plan.__doc__ or "")
     as_json, rest = _take_flag(rest, "--json")
+    all_meshes, rest = _take_flag(rest, "--sweep")
     devices, rest = _take_option(rest, "--devices", "0")
     chip, rest = _take_option(rest, "--chip", "")
     chunks, rest = _take_option(rest, "--bytes-per-chunk", "")
@@ -187,6 +190,13 @@ def plan(args: list[str]) -> int:
         if not (value.isascii() and value.isdecimal()):
             raise ConfigError(f"{option} {value}: must be a whole number")
     config = with_parts(read_config(source, rest, "bytelm plan"))
+    if all_meshes and not topology:
+        raise ConfigError("--sweep ranks the meshes of a slice: name it with --topology, as in --topology v5p:4x4x4")
+    if all_meshes:
+        slice_ = parse_topology(topology, int(slices))
+        ranked = sweep(config, slice_, per_chunk)
+        print(sweep_to_json(*ranked) if as_json else describe_sweep(slice_, *ranked))
+        return EXIT_OK
     if topology:
         pod = make_pod_plan(config, parse_topology(topology, int(slices)), cache_folder("") / "plans", per_chunk)
         print(json.dumps(pod_to_json(pod)) if as_json else describe_pod_plan(config, pod))

@@ -66,9 +66,11 @@ class Plan:
         return sum(self.memory.values())
 
 
-def make_plan(config: Config, devices: int = 0, chip: str = "", bytes_per_chunk: tuple[float, ...] = ()) -> Plan:
+def make_plan(
+    config: Config, devices: int = 0, chip: str = "", bytes_per_chunk: tuple[float, ...] = (), params: Any = None
+) -> Plan:
     """The plan of a config on `devices` chips (0: as many as the mesh sizes name, at least one). `bytes_per_chunk`: of
-    each level of an H-Net (default: its targets).
+    each level of an H-Net (default: its targets); `params`: the model's shapes, where they are known already.
 
     Raises ConfigError when the mesh does not fit the devices or the parameters, or the chip is unknown.
     """
@@ -85,7 +87,7 @@ def make_plan(config: Config, devices: int = 0, chip: str = "", bytes_per_chunk:
     bytes_per_chunk = bytes_per_chunk or targets
     slots = first_capacity(model, t)
     mesh = _mesh_shape(config, devices)
-    _, params = structure(config.model)
+    params = structure(config.model)[1] if params is None else params
     parts: dict[str, int] = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         part = _part(path_string(path))

@@ -52,28 +52,46 @@ class PodPlan:
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-def make_pod_plan(config: Config, topology: Topology, cache: Path, bytes_per_chunk: tuple[float, ...] = ()) -> PodPlan:
-    """Compiles the train step for the topology and counts the rest. Raises ConfigError; does not allocate."""
-    plan = make_plan(config, topology.chips, topology.generation.name, bytes_per_chunk)
-    compiled = compile_for(config, topology, cache)
-    chip = CHIPS[topology.generation.name]
-    _, params = structure(config.model)
-    row = config.data.seq_len
+@dataclass(frozen=True)
+class StepTimes:
+    """What a step takes by formulas, of which nothing is compiled."""
+
+    slots: tuple[int, ...]  # chunk slots per row once an H-Net's boundaries are as rare as planned
+    executed: float  # training FLOPs a byte with them
+    communication: dict[str, float]  # bytes through one chip, by purpose
+    seconds: dict[str, float]  # compute, memory, interconnect, between slices: each alone, at full nominal rate
+    slow: float  # seconds with matmuls at SLOW of nominal, nothing overlapped
+    fast: float  # at FAST, all overlapped
+
+
+def step_times(config: Config, plan: Plan, params: Any, topology: Topology) -> StepTimes:
+    chip, row = CHIPS[topology.generation.name], config.data.seq_len
     need = [SPREAD * row / n for n in plan.bytes_per_chunk]
     slots = next_capacity(config.model, row, plan.slots, need) if plan.slots else ()
     executed = TRAIN_FACTOR * model_flops(config, [row / n for n in slots])
     communication = bytes_per_step(config, params, plan.mesh, slots, topology.slices)
-    memory = {} if "out_of_memory" in compiled else _memory(plan, compiled, chip)
     seconds = _seconds(config, plan, executed, communication, topology, chip)
-    step_bytes = plan.bytes_per_step
-    ideal = plan.train_flops_per_byte * step_bytes / (topology.chips * chip.flops)
     compute = seconds["compute"]
     slow = compute / SLOW + sum(seconds.values()) - compute
     fast = max(compute / FAST, *(value for name, value in seconds.items() if name != "compute"))
+    return StepTimes(slots, executed, communication, seconds, slow, fast)
+
+
+def make_pod_plan(config: Config, topology: Topology, cache: Path, bytes_per_chunk: tuple[float, ...] = ()) -> PodPlan:
+    """Compiles the train step for the topology and counts the rest. Raises ConfigError; does not allocate."""
+    _, params = structure(config.model)
+    plan = make_plan(config, topology.chips, topology.generation.name, bytes_per_chunk, params)
+    compiled = compile_for(config, topology, cache)
+    chip = CHIPS[topology.generation.name]
+    memory = {} if "out_of_memory" in compiled else _memory(plan, compiled, chip)
+    times = step_times(config, plan, params, topology)
+    step_bytes, slow, fast = plan.bytes_per_step, times.slow, times.fast
+    ideal = plan.train_flops_per_byte * step_bytes / (topology.chips * chip.flops)
     hours = [config.train.steps * each * topology.chips / 3600 for each in (fast, slow)]
     made = PodPlan(
-        topology, plan, slots, executed, compiled, memory, chip, communication, seconds, (ideal / slow, ideal / fast),
-        (step_bytes / slow, step_bytes / fast), (hours[0], hours[1]), 12 * plan.total_parameters,
+        topology, plan, times.slots, times.executed, compiled, memory, chip, times.communication, times.seconds,
+        (ideal / slow, ideal / fast), (step_bytes / slow, step_bytes / fast), (hours[0], hours[1]),
+        12 * plan.total_parameters,
     )  # fmt: skip
     if made.fits:
         return made

@@ -40,6 +40,7 @@ ARROWS = {
     "seq2seq_lm": {"models", "generate", "protocol", "beams"}, "beams": set(),
     "topology": set(), "plan_compile": {"topology", "parallel", "train"},
     "communication": {"parallel", "train.step", "models.flops", "data.seq2seq"},
+    "plan_sweep": {"plan", "plan_pod", "topology", "devices", "models"},
     "plan_pod": {"plan", "plan_compile", "topology", "communication", "devices", "models", "train.capacity"},
     "plan": {"models", "nn", "parallel", "devices", "train.state", "train.capacity", "data.seq2seq"},
     "train": {"models", "nn", "data", "parallel", "checkpoint", "metrics", "devices", "interop", "generate",

@@ -1,16 +1,20 @@
 """Plans: exact parameter and state sizes, checked against real arrays on a real mesh."""
 
+import dataclasses
 import json
 
 import jax
 import pytest
 
 from bytelm import codec
+from bytelm.cli import read_config
 from bytelm.cli import run as cli
 from bytelm.config import ConfigError
 from bytelm.models.build import count_parameters
 from bytelm.parallel.mesh import make_mesh
 from bytelm.plan import make_plan
+from bytelm.plan_sweep import ROOM, sweep
+from bytelm.topology import parse_topology
 from bytelm.train.state import init_state, plan_state
 from tiny import run_config
 
@@ -63,3 +67,44 @@ def test_command(root, capsys):
     assert json.loads(capsys.readouterr().out)["total_parameters"] == 3_508_480
     with pytest.raises(ConfigError):
         make_plan(codec.load(source), 0, "nope")
+
+
+def test_sweep_ranks_every_mesh(root):
+    config = read_config(str(root / "configs/byte_transformer_1B.yaml"), ["--train.grad-accum", "4"], "test")
+    topology = parse_topology("v5e:4x4")
+    found, refused = sweep(config, topology)
+    meshes = [tuple(one.plan.mesh[axis] for axis in ("data", "fsdp", "tensor")) for one in found]
+    every = {(16 // t // f, f, t) for t in (1, 2, 4, 8, 16) for f in (1, 2, 4, 8, 16) if t * f <= 16}
+    assert (
+        len(set(meshes)) == len(meshes)
+        and set(meshes) | {tuple(int(part.split()[1]) for part in name.split(" x ")) for name in refused} == every
+    )
+    fits = [one.plan.total_memory <= ROOM * 16 * 2**30 for one in found]
+    assert fits == [one.fits for one in found] == sorted(fits, reverse=True)
+    for group in (True, False):
+        times = [one.times.fast + one.times.slow for one in found if one.fits is group]
+        assert times == sorted(times)
+    one = found[0]  # as that mesh is planned by itself
+    here = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **one.plan.mesh))
+    assert make_plan(here, 16, "v5e") == one.plan
+
+
+def test_sweep_of_several_slices_keeps_copies_whole(root):
+    config = read_config(str(root / "configs/byte_transformer_1B.yaml"), [], "test")
+    found, refused = sweep(config, parse_topology("v5e:4x4", 2))
+    assert all(one.plan.mesh["data"] % 2 == 0 for one in found)
+    assert any("whole copies" in why for why in refused.values())
+
+
+def test_sweep_command(root, capsys):
+    config = str(root / "configs/hnet_1stage_L.yaml")
+    assert cli(["plan", config, "--topology", "v5p-8", "--sweep"]) == 0
+    said = capsys.readouterr().out
+    assert "v5p:2x2x1 (v5p-8): 4 chips of 95 GiB" in said and "--mesh.data" in said
+    assert cli(["plan", config, "--topology", "v5p-8", "--sweep", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["meshes"][0]["memory"] > 0 and {"data", "fsdp", "tensor"} == set(record["meshes"][0]["mesh"])
+    assert cli(["plan", config, "--sweep"]) == 2
+    assert "name it with --topology" in capsys.readouterr().err
+    assert cli(["plan", config, "--topology", "v5e-256", "--sweep", "--data.batch-size", "8"]) == 2
+    assert "no mesh of v5e:16x16 works" in capsys.readouterr().err
