@@ -65,6 +65,7 @@ class StepTimes:
 
 
 def step_times(config: Config, plan: Plan, params: Any, topology: Topology) -> StepTimes:
+    """The times of a step on a topology, whose mesh is the plan's; `params`: the model's shapes."""
     chip, row = CHIPS[topology.generation.name], config.data.seq_len
     need = [SPREAD * row / n for n in plan.bytes_per_chunk]
     slots = next_capacity(config.model, row, plan.slots, need) if plan.slots else ()

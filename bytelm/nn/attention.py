@@ -1,5 +1,7 @@
 """Causal grouped-query attention: full, banded where a window saves work, and one step against a cache."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -90,14 +92,7 @@ def tiled_attend(
 ) -> Float[Array, "b t h k"]:
     """Causal attention over the whole row, in tiles of queries that stop at their last key. Equals `attend` under
     `causal_mask(t, 0, segments)`; four tiles skip three eighths of its work, and their scores stay in the cache."""
-    parts, t = [], q.shape[1]
-    for first in range(0, t, tile):
-        end = min(first + tile, t)
-        mask = (jnp.arange(end) <= jnp.arange(first, end)[:, None])[None]
-        if segments is not None:
-            mask &= segments[:, first:end, None] == segments[:, None, :end]
-        parts.append(attend(q[:, first:end], k[:, :end], v[:, :end], mask))
-    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+    return _up_to_the_last_key(_attend_last, tile, q, k, v, segments)
 
 
 def blocked_attend(
@@ -110,29 +105,49 @@ def blocked_attend(
     """Causal attention over the whole row, one block of queries at a time, recomputed in the backward pass: memory
     grows with t * block, not t^2. Equals `attend` under `causal_mask(t, 0, segments)`.
 
-    The blocks of each part of the row are one loop over the keys up to that part's end, so that three eighths of the
-    scores that the mask would hide are never made."""
-    t = q.shape[1]
-    span = -(-t // (KEY_SPANS * block)) * block
-    parts = []
+    The blocks of each of four parts of the row are one loop over the keys up to that part's end, so that three eighths
+    of the scores that the mask would hide are never made."""
+    blocks = -(-q.shape[1] // (KEY_SPANS * block))
+    return _up_to_the_last_key(partial(_attend_in_blocks, block), blocks * block, q, k, v, segments)
+
+
+def _up_to_the_last_key(form, span, q, k, v, segments):
+    """form(queries, keys, values, segments of the keys) of every `span` queries of a row and the keys up to the last of
+    them, side by side."""
+    t, parts = q.shape[1], []
     for first in range(0, t, span):
         end = min(first + span, t)
-        blocks = -(-(end - first) // block)
-        pad = blocks * block - (end - first)
-        queries = jnp.pad(q[:, first:end], ((0, 0), (0, pad), (0, 0), (0, 0)))
-        keys, values, theirs = k[:, :end], v[:, :end], None if segments is None else segments[:, :end]
-        own = None if theirs is None else jnp.pad(theirs[:, first:], ((0, 0), (0, pad)), constant_values=-1)
-
-        @jax.checkpoint
-        def one(i, queries=queries, keys=keys, values=values, theirs=theirs, own=own, first=first):
-            mask = (jnp.arange(keys.shape[1]) <= first + i * block + jnp.arange(block)[:, None])[None]
-            if own is not None and theirs is not None:
-                mask &= jax.lax.dynamic_slice_in_dim(own, i * block, block, 1)[:, :, None] == theirs[:, None, :]
-            return attend(jax.lax.dynamic_slice_in_dim(queries, i * block, block, 1), keys, values, mask)
-
-        y = jnp.moveaxis(jax.lax.map(one, jnp.arange(blocks)), 0, 1)
-        parts.append(y.reshape(y.shape[0], blocks * block, *y.shape[3:])[:, : end - first])
+        theirs = None if segments is None else segments[:, :end]
+        parts.append(form(q[:, first:end], k[:, :end], v[:, :end], theirs))
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def _attend_last(q, k, v, segments):
+    """Causal attention of the last queries of a row [b, q, h, k] to all its keys [b, s, g, k]."""
+    count, s = q.shape[1], k.shape[1]
+    mask = (jnp.arange(s) <= jnp.arange(s - count, s)[:, None])[None]
+    if segments is not None:
+        mask &= segments[:, s - count :, None] == segments[:, None]
+    return attend(q, k, v, mask)
+
+
+def _attend_in_blocks(block, q, k, v, segments):
+    """`_attend_last` in a loop over blocks of queries; the last is filled up, and what fills it is cut off."""
+    b, count, h, width = q.shape
+    s, blocks = k.shape[1], -(-count // block)
+    pad = blocks * block - count
+    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    own = None if segments is None else jnp.pad(segments[:, s - count :], ((0, 0), (0, pad)), constant_values=-1)
+
+    @jax.checkpoint
+    def one(i):
+        mask = (jnp.arange(s) <= s - count + i * block + jnp.arange(block)[:, None])[None]
+        if own is not None and segments is not None:
+            mask &= jax.lax.dynamic_slice_in_dim(own, i * block, block, 1)[:, :, None] == segments[:, None]
+        return attend(jax.lax.dynamic_slice_in_dim(q, i * block, block, 1), k, v, mask)
+
+    y = jax.lax.map(one, jnp.arange(blocks))
+    return jnp.moveaxis(y, 0, 1).reshape(b, blocks * block, h, width)[:, :count]
 
 
 def full_attend(
