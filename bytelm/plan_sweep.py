@@ -12,7 +12,8 @@ from bytelm.plan import Plan, engineering, make_plan
 from bytelm.plan_pod import GIB, StepTimes, step_times
 from bytelm.topology import Topology
 
-# Share of a chip's memory that the formula may fill: of two compiled steps (docs/plans.md) one took 1.23 of it, one 0.79.
+# Share of a chip's memory that the formula may fill: of two compiled steps (docs/plans.md) one took 1.23 times as much
+# as it says, one 0.79 times.
 ROOM = 0.8
 MOST_TENSOR = 16  # ways of a tensor axis: beyond, each part of a matmul is too thin for a chip
 
