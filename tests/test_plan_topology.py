@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,12 +88,11 @@ def test_a_small_model_on_real_slices(plan):
 
 
 @pytest.mark.slow
-def test_a_billion_on_a_pod_and_where_it_does_not_fit(root, plan):
+def test_a_billion_where_it_does_not_fit(root, plan):
     config = str(root / "configs" / "byte_transformer_1B.yaml")
-    status, out, err = plan(config, "--topology", "v5p:4x4x4")
-    assert status == 0, err
-    assert "1,012,746,240 parameters" in out and "64 chips, 16 hosts" in out and "headroom" in out
     status, out, err = plan(config, "--topology", "v5litepod-16")
     assert status == 0, err
-    assert "DOES NOT FIT: needs 147." in out and "has 15.75 GiB on a chip" in out
+    assert "1,012,746,240 parameters" in out
+    needs, has = map(float, re.search(r"DOES NOT FIT: needs ([\d.]+).*has ([\d.]+) GiB on a chip", out).groups())
+    assert needs > has == 15.75
     assert "--train.grad-accum 2" in out and "--data.batch-size 16: fits, 32 does not" in out

@@ -1,6 +1,7 @@
 """Tiny configs and helpers that several tests share."""
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,10 @@ SSM = SSMConfig(d_state=4, head_dim=8, chunk=8)
 # Heads divide by 4 (attention and Mamba), so that the mesh tests can split them.
 HYBRID = StackConfig(layout="m1T1", d_model=32, num_heads=4, num_kv_heads=4, d_mlp=64, window=5, ssm=SSM)
 FULL = StackConfig(layout="T2", d_model=32, num_heads=4, num_kv_heads=2, d_mlp=48)
+
+
+# Cases much like others that run: about half a minute to two minutes each.
+LONG = [pytest.mark.slow, pytest.mark.skipif("BYTELM_EVERY_CASE" not in os.environ, reason="set BYTELM_EVERY_CASE=1")]
 
 
 def mostly_slow(cases, *fast):

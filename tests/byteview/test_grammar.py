@@ -10,6 +10,7 @@ from bytelm.byteview.pretokenizer import Pretokenizer, Split
 from bytelm.byteview.segmenter import NEVER, BytePairs
 from bytelm.byteview.vocabulary import Vocabulary
 from bytelm.patterns import CL100K, GPT2
+from tiny import LONG
 
 RIGHT_DIGITS = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))| ?\p{L}+|\s+(?!\S)|\s+|."
 ALPHABETS = {"gpt2": (GPT2, "as' \n"), "llama3": (CL100K, "ab1 \n"), "contractions": (CL100K, "aS' e"),
@@ -77,7 +78,13 @@ EVERY = list(itertools.product(ALPHABETS, ("merges", "ranked", "whole")))
 EVERY.remove(("digits", "ranked"))  # a minute, and digits are cut alike by both
 
 
-@pytest.mark.parametrize("name, kind", [case if case in FAST else pytest.param(*case, marks=SLOW) for case in EVERY])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        case if case in FAST else pytest.param(*case, marks=LONG if case == ("digits", "whole") else SLOW)
+        for case in EVERY
+    ],
+)
 def test_masks_equal_enumeration(name, kind):
     pattern, alphabet = ALPHABETS[name]
     for seed in range(1):

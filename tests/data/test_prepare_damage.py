@@ -196,7 +196,7 @@ def test_a_part_whose_reader_died_is_read_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_points(root, tmp_path):
+def test_killed_at_random_points(root, tmp_path):
     """SIGKILL to the command at any moment, then the same command again: the same bytes in all files."""
     rng = random.Random(0)
     for i in range(6):
@@ -209,7 +209,7 @@ def test_killed_at_twenty_random_points(root, tmp_path):
     seconds = time.monotonic() - began
     wanted, kills = files_of(tmp_path / "whole"), 0
     assert len(wanted) > 20
-    while kills < 20:
+    while kills < (20 if "BYTELM_EVERY_DAMAGE" in os.environ else 6):
         shutil.rmtree(tmp_path / "killed", ignore_errors=True)
         for _ in range(5):  # killed up to five times on its way to the end
             run = command(root, tmp_path / "killed", inputs, *options)

@@ -20,7 +20,7 @@ from bytelm.metrics import read_metrics
 from bytelm.models.build import build
 from bytelm.train.loop import train
 from bytelm.train.patches import choose, entropies, load_patcher, patch_lengths, stored
-from tiny import blt, entropy, flat, hnet, run_config
+from tiny import LONG, blt, entropy, flat, hnet, run_config
 
 STACK = StackConfig(layout="T2", d_model=16, num_heads=2, d_mlp=32, window=6)
 
@@ -94,9 +94,7 @@ def test_a_run_with_stored_patches_equals_one_that_finds_them(patcher, tmp_path)
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.01)
 
 
-@pytest.mark.parametrize(
-    "model", [blt(), pytest.param(hnet(1, chunker="entropy"), marks=pytest.mark.slow)], ids=lambda m: m.family
-)
+@pytest.mark.parametrize("model", [blt(), pytest.param(hnet(1, chunker="entropy"), marks=LONG)], ids=lambda m: m.family)
 def test_commands(patcher, tmp_path, model, capsys):
     """Choose a threshold, train with workers, stop, go on, ask, convert."""
     assert cli(["patches", str(patcher), "bundled:shakespeare[:20000]", "--size", "3", "--json"]) == 0

@@ -20,7 +20,7 @@ from bytelm.train import step as step_module
 from bytelm.train.loop import train
 from bytelm.train.state import init_state, plan_state
 from bytelm.train.step import make_train_step, place_batch
-from tiny import network, run_config, t5
+from tiny import LONG, network, run_config, t5
 
 # Fast gains, so that a run of a few steps moves alpha.
 GATE = {"rate": 0.6, "k_p": 2.0, "k_i": 0.01, "delay": 1}
@@ -101,7 +101,13 @@ def test_a_run_logs_saves_and_goes_on_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["none", "boundary", *(pytest.param(k, marks=pytest.mark.slow) for k in ("random", "fixed", "convolution"))]
+    "kind",
+    [
+        "none",
+        "boundary",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("random", "convolution")),
+        pytest.param("fixed", marks=LONG),
+    ],
 )
 def test_every_kind_trains_in_one_compilation(tmp_path, kind, monkeypatch):
     compiled = []

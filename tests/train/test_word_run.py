@@ -19,7 +19,7 @@ from bytelm.parallel.mesh import make_mesh
 from bytelm.train.loop import train
 from bytelm.train.state import init_state, plan_state
 from bytelm.train.step import make_train_step, place_batch
-from tiny import hat, megabyte, run_config, spacebyte
+from tiny import LONG, hat, megabyte, run_config, spacebyte
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def steps_on(model, mesh_sizes, devices):
 
 @pytest.mark.parametrize(
     "model",
-    [hat(), pytest.param(spacebyte(), marks=pytest.mark.slow), pytest.param(megabyte(), marks=pytest.mark.slow)],
+    [hat(), pytest.param(spacebyte(), marks=LONG), pytest.param(megabyte(), marks=pytest.mark.slow)],
     ids=lambda m: m.family,
 )
 def test_meshes_equal_one_device(model):
