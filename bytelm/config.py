@@ -216,13 +216,14 @@ class MeshConfig:
 
     data: int = -1  # copies of the model
     fsdp: int = 1  # parameters, optimizer state and batch are split over this axis
+    sequence: int = 1  # so are parameters and optimizer state over this one, and rows cut into as many pieces
     tensor: int = 1  # heads and MLP columns are split over this axis
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)
         require(
             all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
-            f"mesh sizes (data, fsdp, tensor) = {sizes}: each at least 1, at most one of them -1",
+            f"mesh sizes (data, fsdp, sequence, tensor) = {sizes}: each at least 1, at most one of them -1",
         )
 
 

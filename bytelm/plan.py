@@ -35,8 +35,9 @@ from bytelm.models.flops import (
     unit_stacks,
 )
 from bytelm.models.hnet_recipe import stage_of
+from bytelm.nn.attention import KEY_BLOCK
 from bytelm.nn.relative import QUERY_BLOCK
-from bytelm.parallel.mesh import AXES, to_spec
+from bytelm.parallel.mesh import axes_of, to_spec, ways
 from bytelm.parallel.rules import logical_axes, path_string, where_divided
 from bytelm.train.capacity import first_capacity
 from bytelm.vocab import NUM_SYMBOLS
@@ -121,7 +122,7 @@ def model_flops(config: Config, bytes_per_chunk: Sequence[float]) -> float:
 
 
 def _mesh_shape(config: Config, devices: int) -> dict[str, int]:
-    sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
+    sizes = {axis: getattr(config.mesh, axis) for axis in axes_of(config.mesh)}
     fixed = math.prod(size for size in sizes.values() if size > 0)
     devices = devices or fixed
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -151,11 +152,10 @@ def _part(path: str) -> str:
 
 def _local_size(path: str, shape: tuple[int, ...], mesh: dict[str, int]) -> float:
     size = 1.0
-    for length, axis in zip(shape, to_spec(where_divided(logical_axes(path), shape, mesh["tensor"]))):
-        ways = mesh[axis] if isinstance(axis, str) else 1
-        if length % ways:
-            raise ConfigError(f"mesh.{axis}={ways} does not divide a dimension of {length} in {path}")
-        size *= length / ways
+    for length, entry in zip(shape, to_spec(where_divided(logical_axes(path), shape, mesh["tensor"]), mesh)):
+        if length % ways(entry, mesh):
+            raise ConfigError(f"mesh: {entry} = {ways(entry, mesh)} does not divide a dimension of {length} in {path}")
+        size *= length / ways(entry, mesh)
     return size
 
 
@@ -164,31 +164,33 @@ def _memory(config: Config, params: Any, mesh: dict[str, int], slots: tuple[int,
     local = sum(_local_size(path_string(p), leaf.shape, mesh) for p, leaf in jax.tree.leaves_with_path(params))
     rows = config.data.batch_size // (mesh["data"] * mesh["fsdp"] * config.train.grad_accum)
     width = 2 if config.model.dtype == "bfloat16" else 4
-    positions, vocabulary = rows * config.data.seq_len, NUM_SYMBOLS
+    pieces = mesh.get("sequence", 1)
+    positions, vocabulary = rows * config.data.seq_len // pieces, NUM_SYMBOLS
     gradients = 4 * local * (2 if config.train.grad_accum > 1 else 1)  # the sum and one microbatch's
     memory = {"weights": 4 * local, "optimizer": 8 * local, "gradients": gradients}
     if config.model.dtype == "bfloat16":
         memory["weights in bfloat16"] = 2 * local
     if isinstance(config.model, FlatConfig):
-        activations = positions * _activation_bytes(config.model.stack, config.data.seq_len, width, mesh["tensor"])
+        t = config.data.seq_len
+        activations = positions * _activation_bytes(config.model.stack, t, width, mesh["tensor"], pieces)
         vocabulary = config.model.symbols
     elif isinstance(config.model, T5Config):
         activations = rows * _t5_activation_bytes(config.model, config.data.seq_len, target_length(config.data), width,
                                                   mesh["tensor"])  # fmt: skip
         positions, vocabulary = rows * target_length(config.data), config.model.vocabulary
     else:
-        activations = rows * _unit_activation_bytes(config, slots, width, mesh["tensor"])
+        activations = rows * _unit_activation_bytes(config, slots, width, mesh["tensor"], pieces) / pieces
     memory["activations (estimate)"] = activations
     memory["logits and their gradient"] = positions * vocabulary * 4 * 2
     return memory
 
 
-def _unit_activation_bytes(config: Config, slots: tuple[int, ...], width: int, tensor: int) -> float:
-    """Bytes kept per row between forward and backward, all stages at their slots."""
+def _unit_activation_bytes(config: Config, slots: tuple[int, ...], width: int, tensor: int, pieces: int) -> float:
+    """Bytes kept per row between forward and backward, all stages at their slots, over all pieces of it."""
     model, t = config.model, config.data.seq_len
     assert isinstance(model, UnitConfig)
     stacks = unit_stacks(model, t, slots)
-    total = sum(elements * _activation_bytes(stack, elements, width, tensor) for stack, elements in stacks)
+    total = sum(elements * _activation_bytes(stack, elements, width, tensor, pieces) for stack, elements in stacks)
     if isinstance(model, HNetConfig):
         # The router's query and key and their norms, residual, encoder output, smoothed and put back.
         stages = zip((t, *slots), model.d_model[: model.levels])
@@ -230,18 +232,24 @@ def _t5_activation_bytes(model: T5Config, t: int, targets: int, width: int, tens
     return total + again
 
 
-def _activation_bytes(stack: StackConfig, t: int, width: int, tensor: int) -> float:
+def _activation_bytes(stack: StackConfig, t: int, width: int, tensor: int, pieces: int) -> float:
     """Bytes kept per position between forward and backward, all layers; the remat policy decides what is kept."""
     d, s = stack.d_model, stack.ssm
     heads, keys = stack.num_heads / tensor, min(t, 2 * stack.window or t)
+    kv = 2 * stack.kv_heads / tensor * stack.head_width
+    scores, gathered = float(keys), 0.0
+    if pieces > 1 and not 0 < stack.window <= t // pieces:  # by blocks of both, against keys and values of all pieces
+        scores, gathered = min(keys, KEY_BLOCK) * min(1.0, QUERY_BLOCK * pieces / t), width * kv * pieces
+    elif keys == t > 2 * QUERY_BLOCK:  # one block of queries after another
+        scores = float(QUERY_BLOCK)
     inner = s.expand * d / tensor
-    qkv = (heads + 2 * stack.kv_heads / tensor) * stack.head_width
+    qkv = heads * stack.head_width + kv
     kept, recomputed = 0.0, 0.0
     for kind, count in parse_layout(stack.layout):
         residual = 4 * d
         if kind in "tT":
             dots = width * (qkv + heads * stack.head_width + d)
-            rest = 2 * width * qkv + heads * keys * (4 + width) + width * d
+            rest = 2 * width * qkv + gathered + heads * scores * (4 + width) + width * d
         else:
             dots = width * (2 * inner + 2 * s.d_state + d)
             rest = width * (3 * inner + 4 * s.d_state) + 4 * inner * 5 + 4 * inner * s.d_state / min(s.chunk, t)

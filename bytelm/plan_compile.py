@@ -112,7 +112,7 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
             setup = plan_state(config, mesh)
     except ConfigError as e:
         return {"refused": str(e)}
-    split = NamedSharding(mesh, to_spec(("batch", None)))
+    split = NamedSharding(mesh, to_spec(("batch", "length"), mesh.axis_names))
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split) for name, shape in fed_shapes(config).items()}
     began = time.monotonic()
     with jax.set_mesh(mesh):

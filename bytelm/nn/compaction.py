@@ -2,12 +2,15 @@
 
 Slot m of a row holds its m-th kept position; empty slots stand at the end. Kept positions beyond the last slot are
 dropped by position, so that what a row keeps never depends on what comes later in it. Positions are scattered as
-integers and vectors gathered once, which is faster than sorting, top-k or one-hot products on CPU and TPU.
+integers and vectors gathered once, which is faster than sorting, top-k or one-hot products on CPU and TPU. Slots are
+counted over the whole row, also where a row is cut into pieces over devices.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
+
+from bytelm.parallel import sequence
 
 
 def slot_positions(keep: Bool[Array, "b t"], capacity: int) -> Int[Array, "b c"]:
@@ -20,9 +23,27 @@ def slot_positions(keep: Bool[Array, "b t"], capacity: int) -> Int[Array, "b c"]
 
 
 def compact(x: Shaped[Array, "b t *d"], positions: Int[Array, "b c"]) -> Shaped[Array, "b c *d"]:
-    """The elements of `x` at `slot_positions`, zero in empty slots."""
+    """The elements of `x` at `slot_positions`, zero in empty slots.
+
+    Where rows are cut into pieces, slots are as well: each piece of the row fills the slots that read from it."""
+    if sequence.pieces() > 1:
+        if positions.shape[1] % sequence.pieces():
+            raise ValueError(
+                f"{positions.shape[1]} slots cannot be cut into mesh.sequence={sequence.pieces()} equal pieces"
+            )
+        return sequence.over_pieces(_sent, x, positions)[0]
+    return _taken(x, positions)
+
+
+def _taken(x, positions):
     index = positions.reshape(*positions.shape, *(1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
+
+
+def _sent(x, positions):
+    start = sequence.number() * x.shape[1]
+    here = (positions >= start) & (positions < start + x.shape[1])
+    return sequence.shared_out(_taken(x, jnp.where(here, positions - start, x.shape[1]))), ()
 
 
 def newest_slot(keep: Bool[Array, "b t"], capacity: int) -> Int[Array, "b t"]:
@@ -33,5 +54,11 @@ def newest_slot(keep: Bool[Array, "b t"], capacity: int) -> Int[Array, "b t"]:
 
 def expand(z: Shaped[Array, "b c *d"], slots: Int[Array, "b t"]) -> Shaped[Array, "b t *d"]:
     """What stands in the given slots, at each position."""
+    if sequence.pieces() > 1:
+        return sequence.over_pieces(lambda split, _: (_read(sequence.of_all(split[0]), split[1]), ()), (z, slots))[0]
+    return _read(z, slots)
+
+
+def _read(z, slots):
     index = slots.reshape(*slots.shape, *(1,) * (z.ndim - 2))
     return jnp.take_along_axis(z, index, axis=1, mode="clip")

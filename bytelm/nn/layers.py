@@ -178,7 +178,7 @@ class Embedding(nnx.Module):
         # Gathered in float32 and cast after: the backward pass adds up thousands of positions in a few rows, which
         # bfloat16 cannot hold. A small table is whole on every device, so that rows stay where their batch is.
         rows = shard(self.table[...], None, "embed" if self.split else None)[ids]
-        return shard(rows, "batch", *(None,) * (rows.ndim - 1)).astype(self.dtype)
+        return shard(rows, "batch", *(("length",) if rows.ndim > 2 else ()), None).astype(self.dtype)
 
     def attend(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Logits x . table, in float32 or wider."""

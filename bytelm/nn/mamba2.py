@@ -81,7 +81,7 @@ class Mamba2(nnx.Module):
     def _mix(self, u, segments, valid):
         """Output [b, t, d], last state, and the inputs of both convolutions. Where not `valid`, the state stands."""
         raw_x, raw_bc = self.x(u), self.bc(u)
-        x = shard(jax.nn.silu(self.conv_x(raw_x, segments)), "batch", None, "heads", None)
+        x = shard(jax.nn.silu(self.conv_x(raw_x, segments)), "batch", "length", "heads", None)
         bc = jax.nn.silu(self.conv_bc(raw_bc, segments))
         dt, A = self._rates(u)
         if valid is not None:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from bytelm.nn.layers import wide
 from bytelm.nn.products import contract
+from bytelm.parallel import sequence
 from bytelm.parallel.mesh import platform
 
 
@@ -128,15 +129,33 @@ def ssd(
     """The recurrence in chunks: y and the last state, both float32 or wider.
 
     dt and A are float32 or wider, dt >= 0, A <= 0; dt = 0 leaves the state as it is. A change of `segments` resets the
-    state; the id of a segment must not come back later in the row. `scan` does one chunk at a time and recomputes it in
+    state; the id of a segment must not come back later in the row. Where rows are cut into pieces, each hands on its
+    state: its chunks' ends are found first. `scan` does one chunk at a time and recomputes it in
     the backward pass (least memory, fastest on CPU); `batched` does the work of all chunks as batched matmuls and scans
     over the carried states only.
     """
+    segments = jnp.zeros(x.shape[:2], jnp.int32) if segments is None else segments
+    if form == "auto":
+        form = "scan" if platform() == "cpu" else "batched"
+    if sequence.pieces() == 1:
+        return _ssd(x, dt, B, C, segments, A, chunk, form)
+
+    def piece(split, A):
+        x, dt, B, C, segments = split
+        return _ssd(x, dt, B, C, segments, A, chunk, form, in_pieces=True)
+
+    return sequence.over_pieces(piece, (x, dt, B, C, segments), A)
+
+
+def _ssd(x, dt, B, C, segments, A, chunk, form, in_pieces=False):
+    """`ssd` of whole rows, or of the piece that this program has of each row; the state is that of the rows' ends."""
     b, t, h, p = x.shape
-    kind = wide(x.dtype)
     chunk = min(chunk, t)
     pad = -t % chunk
-    segments = jnp.zeros((b, t), jnp.int32) if segments is None else segments
+    if in_pieces:
+        before = sequence.from_before(segments[:, -1:], segments[:, :1])[:, 0]
+    else:
+        before = segments[:, 0]
     if pad:  # dt = 0 and the last segment: the padding neither reads nor changes the state
         x, dt, B, C = (jnp.pad(v, ((0, 0), (0, pad)) + ((0, 0),) * (v.ndim - 2)) for v in (x, dt, B, C))
         segments = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge")
@@ -145,24 +164,37 @@ def ssd(
         return jnp.moveaxis(v.reshape(b, -1, chunk, *v.shape[2:]), 1, 0)
 
     x, dt, B, C, segments = cut(x), cut(dt), cut(B), cut(C), cut(segments)
-    before = jnp.concatenate([segments[:1, :, 0], segments[:-1, :, -1]])  # segment that a chunk's carried state is of
-    first = jnp.zeros((b, h, p, B.shape[-1]), kind)
-    if form == "auto":
-        form = "scan" if platform() == "cpu" else "batched"
+    before = jnp.concatenate([before[None], segments[:-1, :, -1]])  # segment that a chunk's carried state is of
+    first = jnp.zeros((b, h, p, B.shape[-1]), wide(x.dtype))
+    all_kept, last = jnp.ones((b, h, 1, 1), first.dtype), None
+
+    def over(ends, now):  # what chunks side by side add to a state and leave of it
+        return now[1] * ends[0] + now[0], now[1] * ends[1]
+
     if form == "scan":
+
+        def end(ends, now):
+            return over(ends, _chunk_end(now[0], now[1], now[2], now[3], A, now[4])), None
 
         def one(state, now):
             x, dt, B, C, segments, before = now
             local, gain, added, kept = _chunk_terms(x, dt, B, C, segments, A, before)
             return kept * state + added, local + _read(state, C, gain)
 
+        if in_pieces:
+            ends, _ = jax.lax.scan(jax.checkpoint(end), (first, all_kept), (x, dt, B, segments, before))
+            first, last = sequence.carried_in(*ends)
         state, y = jax.lax.scan(jax.checkpoint(one), first, (x, dt, B, C, segments, before))
     else:
         terms = jax.vmap(_chunk_terms, in_axes=(0, 0, 0, 0, 0, None, 0))
         local, gain, added, kept = terms(x, dt, B, C, segments, A, before)
+        if in_pieces:
+            ends, _ = jax.lax.scan(lambda ends, now: (over(ends, now), None), (first, all_kept), (added, kept))
+            first, last = sequence.carried_in(*ends)
         state, carried = jax.lax.scan(lambda s, now: (now[1] * s + now[0], s), first, (added, kept))
         y = local + jax.vmap(_read)(carried, C, gain)
-    return jnp.moveaxis(y, 0, 1).reshape(b, t + pad, h, p)[:, :t], state
+    y = jnp.moveaxis(y, 0, 1).reshape(b, t + pad, h, p)[:, :t]
+    return y, state if last is None else last
 
 
 def _chunk_terms(x, dt, B, C, segments, A, before):
@@ -170,7 +202,7 @@ def _chunk_terms(x, dt, B, C, segments, A, before):
     start [b, q, h], state added [b, h, p, n], factor on the carried state [b, h, 1, 1])."""
     kind = wide(x.dtype)
     q = x.shape[1]
-    log_decay = jnp.cumsum(jnp.moveaxis(dt * A, 1, 2), axis=-1)  # [b, h, q]
+    log_decay = _log_decay(dt, A)
     visible = jnp.tril(jnp.ones((q, q), bool)) & (segments[:, :, None] == segments[:, None, :])
     between = jnp.where(visible[:, None], log_decay[..., :, None] - log_decay[..., None, :], -jnp.inf)
     scores = contract("bqn,bsn->bqs", C, B, kind)
@@ -179,12 +211,22 @@ def _chunk_terms(x, dt, B, C, segments, A, before):
 
     same_start = (segments == before[:, None])[:, None]  # no segment began since the chunk's start
     gain = jnp.moveaxis(jnp.exp(jnp.where(same_start, log_decay, -jnp.inf)), 1, 2)
+    return local, gain, *_chunk_end(x, dt, B, segments, A, before)
+
+
+def _log_decay(dt, A):
+    return jnp.cumsum(jnp.moveaxis(dt * A, 1, 2), axis=-1)  # [b, h, q]
+
+
+def _chunk_end(x, dt, B, segments, A, before):
+    """What a chunk adds to the state, and the factor on the carried one."""
+    log_decay = _log_decay(dt, A)
     last = segments[:, -1:]
     to_end = jnp.where((segments == last)[:, None], log_decay[..., -1:] - log_decay, -jnp.inf)
     share = jnp.moveaxis(jnp.exp(to_end), 1, 2) * dt  # [b, q, h]
-    added = contract("bshp,bsn->bhpn", (share[..., None] * x).astype(x.dtype), B, kind)
+    added = contract("bshp,bsn->bhpn", (share[..., None] * x).astype(x.dtype), B, wide(x.dtype))
     kept = jnp.where(last == before[:, None], jnp.exp(log_decay[..., -1]), 0)[..., None, None]
-    return local, gain, added, kept
+    return added, kept
 
 
 def _read(state, C, gain):
@@ -209,7 +251,17 @@ def linear_scan(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _linear_scan(form, block, decay, x):
-    return _scan_steps(decay, x) if form == "scan" else _scan_blocks(decay, x, block)
+    run = _scan_steps if form == "scan" else partial(_scan_blocks, block=block)
+    if sequence.pieces() == 1:
+        return run(decay, x)
+
+    def piece(split, _):
+        decay, _ = split
+        h = run(*split)
+        before, _ = sequence.carried_in(h[:, -1], jnp.prod(decay, axis=1)[:, None])
+        return h + jnp.cumprod(decay, axis=1)[..., None] * before[:, None], ()
+
+    return sequence.over_pieces(piece, (decay, x))[0]
 
 
 def _linear_scan_forward(form, block, decay, x):

@@ -47,7 +47,7 @@ class Block(nnx.Module):
 
     def __call__(self, r, positions, segments):
         r = r + self.mixer(self.mixer_norm(r), positions, segments).astype(r.dtype)
-        return shard(self._feed_forward(r), "batch", None, None)
+        return shard(self._feed_forward(r), "batch", "length", None)
 
     def prefill(self, r, lengths, max_length):
         y, cache = self.mixer.prefill(self.mixer_norm(r), lengths, max_length)

@@ -127,32 +127,36 @@ def is_first() -> bool:
 
 
 def rows_here(mesh: Mesh, rows: int) -> list[int]:
-    """Which rows of a batch of `rows` lie on this process's devices.
+    """Which rows of a batch of `rows` this process must feed: those that lie on its devices, whole or in pieces.
 
-    Raises ConfigError when a row lies on devices of several processes: each must feed whole rows of its own.
+    Raises ConfigError when a piece lies on devices of several processes.
     """
-    owners: list[set[int]] = [set() for _ in range(rows)]
-    for device, (part, *_) in NamedSharding(mesh, to_spec(("batch", None))).devices_indices_map((rows, 1)).items():
-        for row in range(*part.indices(rows)):
-            owners[row].add(device.process_index)
-    if any(len(owner) > 1 for owner in owners):
+    cut = mesh.shape.get("sequence", 1)
+    owners: dict[tuple[int, int], set[int]] = {}
+    layout = NamedSharding(mesh, to_spec(("batch", "length"), mesh.axis_names))
+    for device, (some, pieces) in layout.devices_indices_map((rows, cut)).items():
+        for row in range(*some.indices(rows)):
+            for piece in range(*pieces.indices(cut)):
+                owners.setdefault((row, piece), set()).add(device.process_index)
+    if any(len(owner) > 1 for owner in owners.values()):
         raise ConfigError(
             f"mesh.tensor={mesh.shape['tensor']} spreads a row over several processes: choose one that divides the "
             f"{jax.local_device_count()} devices of a process"
         )
-    return [row for row, owner in enumerate(owners) if owner == {jax.process_index()}]
+    return sorted({row for (row, _), owner in owners.items() if jax.process_index() in owner})
 
 
 def place_rows(local: np.ndarray, mesh: Mesh, mine: Sequence[int], rows: int) -> Array:
-    """An array [rows, ...] split over the mesh's batch axes, given the rows of this process (`rows_here`)."""
-    sharding = NamedSharding(mesh, to_spec(("batch", *(None,) * (local.ndim - 1))))
-    if len(mine) == rows:
+    """An array [rows, t, ...] split over the mesh's batch axes and, where rows are cut, along t; given the rows of this
+    process (`rows_here`)."""
+    sharding = NamedSharding(mesh, to_spec(("batch", "length", *(None,) * (local.ndim - 2)), mesh.axis_names))
+    if jax.process_count() == 1:
         return jax.device_put(local, sharding)
     where = {row: i for i, row in enumerate(mine)}
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
-        return local[[where[row] for row in range(*index[0].indices(rows))]]
+        return local[[where[row] for row in range(*index[0].indices(rows))]][:, *index[1:]]
 
     return jax.make_array_from_callback((rows, *local.shape[1:]), sharding, part)
 

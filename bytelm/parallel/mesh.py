@@ -1,5 +1,9 @@
 """The device mesh and the one sharding hint that models use."""
 
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
@@ -8,12 +12,13 @@ from jaxtyping import Array
 
 from bytelm.config import ConfigError, MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 
 # Logical axis of an array dimension -> mesh axes that split it. One table for parameters and activations.
 LOGICAL_TO_MESH: dict[str | None, tuple[str, ...] | str | None] = {
     "batch": ("data", "fsdp"),
-    "embed": "fsdp",  # d_model of a weight matrix
+    "length": "sequence",  # positions of a row
+    "embed": ("fsdp", "sequence"),  # d_model of a weight matrix
     "heads": "tensor",
     "kv_heads": "tensor",
     "some_heads": "tensor",  # or whole, where it does not divide them (ByT5 small has 6)
@@ -24,13 +29,19 @@ LOGICAL_TO_MESH: dict[str | None, tuple[str, ...] | str | None] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """Builds the (data, fsdp, tensor) mesh over all devices; a size of -1 takes what the others leave.
+def axes_of(config: MeshConfig) -> tuple[str, ...]:
+    """The axes that a mesh has."""
+    return tuple(axis for axis in AXES if axis != "sequence" or config.sequence != 1)
 
-    Raises ConfigError when the sizes do not multiply to the number of devices.
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """Builds the (data, fsdp, sequence, tensor) mesh over all devices; a size of -1 takes what the others leave.
+
+    Raises ConfigError when the sizes do not multiply to the number of devices. A mesh whose rows stay whole has no
+    axis `sequence`.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {axis: getattr(config, axis) for axis in AXES}
+    sizes = {axis: getattr(config, axis) for axis in axes_of(config)}
     fixed = 1
     for size in sizes.values():
         fixed *= max(size, 1)
@@ -40,19 +51,19 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         fixed = len(devices)
     if fixed != len(devices):
         raise ConfigError(
-            f"mesh sizes {', '.join(f'{a}={getattr(config, a)}' for a in AXES)} need {fixed} devices (or a divisor of "
+            f"mesh sizes {', '.join(f'{a}={size}' for a, size in sizes.items())} need {fixed} devices (or a divisor of "
             f"them where one is -1), but {len(devices)} are here: change mesh.* so that they multiply to {len(devices)}"
         )
-    shape = tuple(sizes[axis] for axis in AXES)
+    axes, shape = tuple(sizes), tuple(sizes.values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:  # TPU slices joined by the slower network of their hosts: copies of the model go across it
         if shape[0] % slices:
             raise ConfigError(f"mesh.data={shape[0]} on {slices} slices: each holds whole copies of the model, so make "
                               f"it a multiple of {slices}")  # fmt: skip
-        within, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(AXES) - 1))
+        within, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(axes) - 1))
         order = mesh_utils.create_hybrid_device_mesh(within, across, devices)
-        return Mesh(order, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        return Mesh(order, axes, axis_types=(AxisType.Auto,) * len(axes))
+    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices)
 
 
 def check_rows(mesh: Mesh, rows: int, grad_accum: int = 1, name: str = "data.batch_size") -> None:
@@ -66,9 +77,21 @@ def check_rows(mesh: Mesh, rows: int, grad_accum: int = 1, name: str = "data.bat
         )
 
 
-def to_spec(logical: tuple[str | None, ...]) -> P:
-    """PartitionSpec of a tuple of logical axis names."""
-    return P(*(LOGICAL_TO_MESH[axis] for axis in logical))
+def to_spec(logical: tuple[str | None, ...], axes: Iterable[str]) -> P:
+    """PartitionSpec of a tuple of logical axis names on a mesh that has `axes`."""
+
+    def one(found):
+        if not isinstance(found, tuple):
+            return found if found in axes else None
+        kept = tuple(axis for axis in found if axis in axes)
+        return kept if len(kept) > 1 else kept[0] if kept else None
+
+    return P(*(one(LOGICAL_TO_MESH[axis]) for axis in logical))
+
+
+def ways(entry: Any, mesh: Mapping[str, int]) -> int:
+    """Into how many parts an entry of a PartitionSpec cuts a dimension."""
+    return math.prod(mesh[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
 def platform() -> str:
@@ -81,6 +104,7 @@ def platform() -> str:
 
 def shard(x: Array, *logical: str | None) -> Array:
     """Asks the compiler to lay out `x` by logical axes; without a mesh it returns `x` as it is."""
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, to_spec(logical))
+    return jax.lax.with_sharding_constraint(x, to_spec(logical, mesh.axis_names))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bytelm.config import ConfigError
-from bytelm.parallel.mesh import to_spec
+from bytelm.parallel.mesh import to_spec, ways
 
 # Parameters inside a run of blocks carry a leading "layers" axis.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -126,14 +126,13 @@ def state_shardings(mesh: Mesh, abstract: Any, rules: tuple = RULES) -> Any:
         if len(axes) != leaf.ndim:
             raise ValueError(f"parameter {name!r} has shape {leaf.shape}, the sharding table gives it axes {axes}")
         axes = where_divided(axes, leaf.shape, mesh.shape["tensor"])
-        spec = to_spec(axes)
-        for size, mesh_axis, axis in zip(leaf.shape, spec, axes):
-            ways = mesh.shape[mesh_axis] if isinstance(mesh_axis, str) else 1
-            if size % ways:
-                raise ConfigError(
-                    f"mesh.{mesh_axis}={ways} does not divide {axis}={size} of {name}: "
-                    f"choose a mesh.{mesh_axis} that divides {size}"
-                )
+        spec = to_spec(axes, mesh.axis_names)
+        for size, entry, axis in zip(leaf.shape, spec, axes):
+            count = ways(entry, mesh.shape)
+            if size % count:
+                which = " x mesh.".join((entry,) if isinstance(entry, str) else entry)
+                raise ConfigError(f"mesh.{which}={count} does not divide {axis}={size} of {name}: "
+                                  f"choose a mesh.{which} that divides {size}")  # fmt: skip
         return NamedSharding(mesh, spec)
 
     return jax.tree.map_with_path(one, abstract)

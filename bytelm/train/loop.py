@@ -86,10 +86,9 @@ def train(config: Config) -> Result:
     mesh = make_mesh(config.mesh)
     check_rows(mesh, config.data.batch_size, config.train.grad_accum)
     check_rows(mesh, config.eval.batch_size or config.data.batch_size, name="eval.batch_size")
-    mine = hosts.rows_here(mesh, config.data.batch_size)
     ids = None if isinstance(config.model, TokensConfig) else byte_ids(config.model, config.data.reserved)
     sources, heldout_text = load_text(config.data)
-    several, first = hosts.several(), hosts.is_first()
+    mine, several, first = hosts.rows_here(mesh, config.data.batch_size), hosts.several(), hosts.is_first()
     matmul_rate = measured_matmul_rate(config.model.dtype)  # outside the mesh: of one device, and of this process
     progress = Progress(config.train.steps, quiet=not first)
 
@@ -188,7 +187,8 @@ def train(config: Config) -> Result:
                 raise
             late = 0 < config.checkpoint.every_seconds <= time.monotonic() - last_save
             if several:  # so that all stop and save after the same step
-                batch["wishes"] = np.tile(np.array([stop.requested, late and first]), (len(mine), 1))
+                copies = (len(mine), mesh.shape.get("sequence", 1), 1)
+                batch["wishes"] = np.tile([stop.requested, late and first], copies)
             state, metrics = train_step(state, place_batch(batch, mesh, mine, config.data.batch_size), capacity)
             if mesh.devices.flat[0].platform == "cpu" and mesh.size > 1:
                 # XLA's CPU collectives deadlock when several steps of many fake devices are in flight on few cores.

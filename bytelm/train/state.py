@@ -9,12 +9,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bytelm.config import Config, T5Config
+from bytelm.config import Config, ConfigError, FlatConfig, HNetConfig, T5Config
 from bytelm.models.build import init_params, structure
 from bytelm.models.deletion import first_control
 from bytelm.parallel.rules import state_shardings
 from bytelm.train.capacity import first_capacity
 from bytelm.train.optim import make_optimizer
+from bytelm.windows import DEFAULT_WINDOW
 
 # {"params", "opt", "step", "skipped": {"in_row", "total"}}, for models that chunk {"chunks": {"need", "capacity"}}, and
 # for a learned delete gate {"deletion": {"alpha", "p", "i"}}, its controller
@@ -33,13 +34,32 @@ class Setup:
 
 
 def plan_state(config: Config, mesh: Mesh) -> Setup:
-    """Shapes, shardings and optimizer of a run; allocates nothing."""
+    """Shapes, shardings and optimizer of a run; allocates nothing. Raises ConfigError where the mesh does not suit."""
+    check_pieces(config, mesh)
     graph, params = structure(config.model)
     optimizer = make_optimizer(config.optim, config.train.steps, params, config.model)
     abstract = jax.eval_shape(lambda: _init(config, optimizer))
     shardings = state_shardings(mesh, abstract)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     return Setup(graph, optimizer, abstract, shardings, NamedSharding(mesh, PartitionSpec()))
+
+
+def check_pieces(config: Config, mesh: Mesh) -> None:
+    """Raises ConfigError where rows cannot be cut into the mesh's pieces."""
+    count, model = mesh.shape.get("sequence", 1), config.model
+    if count == 1:
+        return
+    if not isinstance(model, FlatConfig | HNetConfig) or (isinstance(model, HNetConfig) and model.chunker != "learned"):
+        raise ConfigError(f"mesh.sequence={count}: only flat models and H-Nets with learned chunks have rows in pieces")
+    if (model.stack if isinstance(model, FlatConfig) else model).attention == "cudnn":
+        raise ConfigError(f"mesh.sequence={count}: attention=cudnn reads whole rows; use auto or xla")
+    row = config.data.seq_len
+    lengths = {"data.seq_len": row, "eval.window": config.eval.window or min(row, DEFAULT_WINDOW)}
+    if isinstance(model, HNetConfig):
+        lengths["model.capacity.multiple"] = model.capacity.multiple
+    for name, length in lengths.items():
+        if length % count:
+            raise ConfigError(f"{name}={length} cannot be cut into mesh.sequence={count} equal pieces")
 
 
 def _init(config: Config, optimizer: optax.GradientTransformation) -> State:

@@ -32,7 +32,7 @@ SUMS = ("nll", "scored")  # metrics that microbatches add up to; the others are 
 # What a step is given of a batch: the source for encoder-decoders, marks for models of words or entropy, the bytes of
 # each target for models of tokens.
 FED = ("inputs", "targets", "segments", "source", "marks", "widths")
-DeviceBatch = dict[str, Array]  # FED, each [b, t]; and from several processes "wishes" [b, 2]: to stop, to save
+DeviceBatch = dict[str, Array]  # FED, each [b, t]; and from several processes "wishes" [b, pieces, 2]: to stop, to save
 
 
 def fed_shapes(config: Config) -> dict[str, tuple[int, int]]:
@@ -142,7 +142,7 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
             text = batch["source"] > end if reads else valid & (batch["targets"] != end)
         metrics["read"] = jnp.sum(text)  # bytes of text
         if "wishes" in batch:
-            metrics["wishes"] = batch["wishes"].any(axis=0)
+            metrics["wishes"] = batch["wishes"].any(axis=(0, 1))
         return {**new, "step": state["step"] + 1, "skipped": {"in_row": in_row, "total": in_all}}, metrics
 
     return jax.jit(step, donate_argnums=0, static_argnums=2, out_shardings=(setup.shardings, setup.replicated))

@@ -91,6 +91,14 @@ def on_one_device():
     return losses({"data": 1}, 1)
 
 
+def test_rows_in_pieces_equal_whole_ones(on_one_device):
+    got, state = losses({"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}, 8)
+    np.testing.assert_allclose(got[:, 0], on_one_device[0][:, 0], atol=1e-5)
+    up = state["params"]["stack"]["run1"]["mlp"]["up"]["kernel"]
+    assert up.sharding.spec == P(None, ("fsdp", "sequence"), "tensor")
+    assert up.addressable_shards[0].data.size * 8 == up.size
+
+
 @pytest.mark.parametrize("fsdp,tensor", [(2, 4), (4, 2)])
 def test_sharded_training_equals_one_device(on_one_device, fsdp, tensor):
     want, state = on_one_device

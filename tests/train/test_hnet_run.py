@@ -72,15 +72,15 @@ def on_one_device():
     return steps_on({"data": 1}, 1)
 
 
-@pytest.mark.parametrize("fsdp,tensor", [(2, 4), (4, 2)])
-def test_meshes_equal_one_device(on_one_device, fsdp, tensor):
+@pytest.mark.parametrize("fsdp,sequence,tensor", [(2, 1, 4), (4, 1, 2), (1, 4, 2)])
+def test_meshes_equal_one_device(on_one_device, fsdp, sequence, tensor):
     want, state = on_one_device
-    got, sharded = steps_on({"data": 1, "fsdp": fsdp, "tensor": tensor}, 8)
+    got, sharded = steps_on({"data": 1, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}, 8)
     np.testing.assert_allclose(got[:, 0], want[:, 0], atol=1e-5)
     np.testing.assert_allclose(got[:, 1:], want[:, 1:], rtol=1e-5)
     np.testing.assert_allclose(sharded["chunks"]["need"], state["chunks"]["need"], rtol=1e-6)
     router = sharded["params"]["backbone"]["inner"]["router"]["q"]["kernel"]
-    assert router.addressable_shards[0].data.size * fsdp == router.size
+    assert router.addressable_shards[0].data.size * fsdp * sequence == router.size
 
 
 @pytest.mark.slow

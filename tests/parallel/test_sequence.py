@@ -1,0 +1,157 @@
+"""Rows cut into pieces over devices equal whole ones: each function, and whole training steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bytelm.config import CapacityConfig, ConfigError, MeshConfig
+from bytelm.nn.attention import attend, attend_in_pieces, causal_mask, streamed_attend
+from bytelm.nn.compaction import compact, expand, newest_slot, slot_positions
+from bytelm.nn.recurrence import causal_conv, linear_scan, ssd, ssd_sequential
+from bytelm.parallel import make_mesh
+from bytelm.parallel.sequence import pieces
+from bytelm.train.state import plan_state
+from tiny import hat, hnet, run_config
+
+T, PIECES = 48, 4
+KINDS = ("whole", "documents")
+DOCUMENTS = [[1] * 5 + [2] * 30 + [3] * 13, [1] * 12 + [2] * 12 + [4] * 20 + [0] * 4]
+
+
+def mesh():
+    return make_mesh(MeshConfig(data=1, sequence=PIECES, tensor=2), jax.devices()[:8])
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def segments_of(kind):
+    return None if kind == "whole" else jnp.array(DOCUMENTS, jnp.int32)
+
+
+def both(f, *args, atol=2e-5):
+    """f and the gradients of a mixture of what it gives, in pieces and on one device."""
+
+    def mixed(*args):
+        y = f(*args)
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)), y
+
+    run = jax.grad(mixed, argnums=tuple(range(len(args))), has_aux=True)
+    whole = jax.jit(run)(*args)
+    with jax.set_mesh(mesh()):
+        assert pieces() == PIECES
+        cut = jax.jit(run)(*args)
+    for a, b in zip(jax.tree.leaves(cut), jax.tree.leaves(whole)):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=atol * max(1, float(np.abs(b).max())))
+    return whole[1]
+
+
+@pytest.mark.parametrize("documents", KINDS)
+@pytest.mark.parametrize("form,chunk", [("scan", 4), ("batched", 5), ("scan", 64)])
+def test_state_space_recurrence(documents, form, chunk):
+    x, B, C = draw(0, 2, T, 4, 3), draw(1, 2, T, 5), draw(2, 2, T, 5)
+    dt, A = jnp.abs(draw(3, 2, T, 4)) / 4, -jnp.abs(draw(4, 4))
+    segments = segments_of(documents)
+    y = both(lambda x, dt, A, B, C: ssd(x, dt, A, B, C, segments, chunk=chunk, form=form)[0], x, dt, A, B, C)
+    oracle, end = ssd_sequential(x, dt, A, B, C, segments)
+    np.testing.assert_allclose(y, oracle, atol=1e-5)
+    with jax.set_mesh(mesh()):
+        state = jax.jit(lambda *v: ssd(*v, segments, chunk=chunk, form=form)[1])(x, dt, A, B, C)
+    np.testing.assert_allclose(state, end, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["scan", "blocked"])
+def test_smoothing(form):
+    decay = jax.nn.sigmoid(draw(0, 2, T)).at[0, jnp.array([0, 7, 12, 36])].set(0).at[1, 0].set(0)
+    both(lambda decay, x: linear_scan(decay, x, form=form, block=5), decay, draw(1, 2, T, 3))
+
+
+@pytest.mark.parametrize("documents", KINDS)
+def test_convolution(documents):
+    both(lambda x, k, b: causal_conv(x, k, b, segments_of(documents)), draw(0, 2, T, 4), draw(1, 4, 4), draw(2, 4))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_chunks_are_exchanged(share):
+    """Slots are those of the whole row: all full, some empty, and too few for what is kept in one piece, or in all."""
+    keep = np.random.default_rng(5).random((3, T)) < share
+    keep[:, 0] = True
+    keep[2] = np.arange(T) >= T - T // PIECES
+    x, kept = draw(0, 3, T, 4), jnp.array(keep)
+
+    def there_and_back(x, slots):
+        at = slot_positions(kept, slots)
+        chunks = compact(x, at)
+        return expand(chunks * jnp.arange(1, slots + 1)[:, None], newest_slot(kept, slots))
+
+    for slots in (4, 16, T):
+        y = both(lambda x: there_and_back(x, slots), x, atol=1e-6)  # noqa: B023
+        place = np.clip(np.cumsum(keep, axis=1) - 1, 0, slots - 1)
+        at = np.full((3, slots), -1)
+        for row, found in zip(at, map(np.flatnonzero, keep)):
+            row[: len(found)] = found[:slots]
+        source = np.take_along_axis(at, place, axis=1)
+        wanted = np.where((source >= 0)[..., None], np.take_along_axis(x, np.maximum(source, 0)[..., None], 1), 0)
+        np.testing.assert_array_equal(y, wanted * (place + 1).astype(np.float32)[..., None])
+
+
+@pytest.mark.parametrize("documents", KINDS)
+@pytest.mark.parametrize("window", [0, 5, 12, 30])
+def test_attention(documents, window):
+    """All keys; a window within a piece, as long as one, and over several."""
+    q, k, v = draw(0, 2, T, 4, 6), draw(1, 2, T, 2, 6), draw(2, 2, T, 2, 6)
+    segments = segments_of(documents)
+    with jax.set_mesh(mesh()):
+        y = jax.jit(lambda *qkv: attend_in_pieces(*qkv, window, segments))(q, k, v)
+    np.testing.assert_allclose(y, attend(q, k, v, causal_mask(T, window, segments)), atol=2e-6)
+
+
+@pytest.mark.parametrize("documents", KINDS)
+@pytest.mark.parametrize("first,count,window", [(0, T, 0), (17, 31, 0), (20, 9, 7)])
+def test_streamed_attention(documents, first, count, window):
+    q, k, v = draw(0, 2, T, 4, 6), draw(1, 2, T, 2, 6), draw(2, 2, T, 2, 6)
+    segments = jnp.array(DOCUMENTS if documents == "documents" else np.ones((2, T)), jnp.int32)
+    some = slice(first, first + count)
+
+    def plain(q, k, v):
+        return attend(q, k, v, causal_mask(T, window, segments))[:, some]
+
+    def streamed(q, k, v):
+        return streamed_attend(q[:, some], k, v, segments[:, some], segments, first, window, block=4, keys=7)
+
+    def gradients(f):
+        return jax.jit(jax.grad(lambda *qkv: jnp.sum(jnp.sin(3 * f(*qkv))), argnums=(0, 1, 2)))(q, k, v)
+
+    np.testing.assert_allclose(streamed(q, k, v), plain(q, k, v), atol=2e-6)
+    for a, b in zip(gradients(streamed), gradients(plain)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_lengths_that_do_not_divide():
+    with (
+        jax.set_mesh(mesh()),
+        pytest.raises(ValueError, match="rows of 50 positions cannot be cut into mesh.sequence=4"),
+    ):
+        linear_scan(jnp.zeros((1, 50)), jnp.zeros((1, 50, 2)))
+    with jax.set_mesh(mesh()), pytest.raises(ValueError, match="18 slots cannot be cut into mesh.sequence=4"):
+        compact(jnp.zeros((1, T, 2)), jnp.zeros((1, 18), jnp.int32))
+    with pytest.raises(ConfigError, match="mesh sizes"):
+        MeshConfig(sequence=0)
+
+
+@pytest.mark.parametrize("model,sections,message", [
+    (hat(), {}, "only flat models and H-Nets"),
+    (hnet(1, chunker="words"), {}, "only flat models and H-Nets"),
+    (hnet(1, attention="cudnn"), {}, "attention=cudnn reads whole rows"),
+    (hnet(1, capacity=CapacityConfig(multiple=6)), {}, "model.capacity.multiple=6 cannot"),
+    (hnet(1), {"data": {"seq_len": 34}}, "data.seq_len=34 cannot be cut into mesh.sequence=4"),
+    (hnet(1), {"eval": {"window": 30}}, "eval.window=30 cannot"),
+])  # fmt: skip
+def test_runs_whose_rows_cannot_be_cut(model, sections, message):
+    config = dataclasses.replace(run_config("unused", **sections), model=model)
+    with pytest.raises(ConfigError, match=message):
+        plan_state(config, mesh())
