@@ -37,9 +37,10 @@ from bytelm.models.flops import (
 from bytelm.models.hnet_recipe import stage_of
 from bytelm.nn.attention import KEY_BLOCK
 from bytelm.nn.relative import QUERY_BLOCK
-from bytelm.parallel.mesh import axes_of, to_spec, ways
+from bytelm.parallel.mesh import axes_of, named, to_spec, ways
 from bytelm.parallel.rules import logical_axes, path_string, where_divided
 from bytelm.train.capacity import first_capacity
+from bytelm.train.state import check_pieces
 from bytelm.vocab import NUM_SYMBOLS
 
 
@@ -130,6 +131,7 @@ def _mesh_shape(config: Config, devices: int) -> dict[str, int]:
         sizes[free[0]] = devices // fixed
     if math.prod(sizes.values()) != devices:
         raise ConfigError(f"mesh sizes {sizes} do not multiply to {devices} devices: change mesh.* or --devices")
+    check_pieces(config, sizes.get("sequence", 1))
     batch_ways = sizes["data"] * sizes["fsdp"] * config.train.grad_accum
     if config.data.batch_size % batch_ways:
         raise ConfigError(
@@ -154,7 +156,7 @@ def _local_size(path: str, shape: tuple[int, ...], mesh: dict[str, int]) -> floa
     size = 1.0
     for length, entry in zip(shape, to_spec(where_divided(logical_axes(path), shape, mesh["tensor"]), mesh)):
         if length % ways(entry, mesh):
-            raise ConfigError(f"mesh: {entry} = {ways(entry, mesh)} does not divide a dimension of {length} in {path}")
+            raise ConfigError(f"{named(entry)}={ways(entry, mesh)} does not divide a dimension of {length} in {path}")
         size *= length / ways(entry, mesh)
     return size
 
@@ -240,7 +242,7 @@ def _activation_bytes(stack: StackConfig, t: int, width: int, tensor: int, piece
     scores, gathered = float(keys), 0.0
     if pieces > 1 and not 0 < stack.window <= t // pieces:  # by blocks of both, against keys and values of all pieces
         scores, gathered = min(keys, KEY_BLOCK) * min(1.0, QUERY_BLOCK * pieces / t), width * kv * pieces
-    elif keys == t > 2 * QUERY_BLOCK:  # one block of queries after another
+    elif not 0 < stack.window < t and t > 2 * QUERY_BLOCK:  # one block of queries after another
         scores = float(QUERY_BLOCK)
     inner = s.expand * d / tensor
     qkv = heads * stack.head_width + kv

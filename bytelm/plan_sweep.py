@@ -41,15 +41,18 @@ def sweep(
     """
     _, params = structure(config.model)
     memory, chips = CHIPS[topology.generation.name].memory, topology.chips
-    found, refused = [], {}
-    for tensor in (n for n in range(1, min(chips, MOST_TENSOR) + 1) if chips % n == 0):
-        for fsdp in (n for n in range(1, chips // tensor + 1) if chips // tensor % n == 0):
-            sizes = {"data": chips // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
+    pieces = max(config.mesh.sequence, 1)  # stays as it is
+    if chips % pieces:
+        raise ConfigError(f"mesh.sequence={pieces} does not divide the {chips} chips of {topology.name}")
+    each, found, refused = chips // pieces, [], {}
+    for tensor in (n for n in range(1, min(each, MOST_TENSOR) + 1) if each % n == 0):
+        for fsdp in (n for n in range(1, each // tensor + 1) if each // tensor % n == 0):
+            sizes = {"data": each // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
             name = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
             if sizes["data"] % topology.slices:
                 refused[name] = f"each of {topology.slices} slices holds whole copies of the model"
                 continue
-            here = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
+            here = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, sequence=pieces, **sizes))
             try:
                 plan = make_plan(here, chips, topology.generation.name, bytes_per_chunk, params)
             except ConfigError as e:

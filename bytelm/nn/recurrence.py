@@ -129,10 +129,12 @@ def ssd(
     """The recurrence in chunks: y and the last state, both float32 or wider.
 
     dt and A are float32 or wider, dt >= 0, A <= 0; dt = 0 leaves the state as it is. A change of `segments` resets the
-    state; the id of a segment must not come back later in the row. Where rows are cut into pieces, each hands on its
-    state: its chunks' ends are found first. `scan` does one chunk at a time and recomputes it in
+    state; the id of a segment must not come back later in the row. `scan` does one chunk at a time and recomputes it in
     the backward pass (least memory, fastest on CPU); `batched` does the work of all chunks as batched matmuls and scans
     over the carried states only.
+
+    Where rows are cut into pieces, each first finds, without any output, what it adds to the state and leaves of it;
+    the pieces exchange that, and each then begins with the state it is handed.
     """
     segments = jnp.zeros(x.shape[:2], jnp.int32) if segments is None else segments
     if form == "auto":

@@ -94,6 +94,11 @@ def ways(entry: Any, mesh: Mapping[str, int]) -> int:
     return math.prod(mesh[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
+def named(entry: Any) -> str:
+    """The settings behind an entry of a PartitionSpec, for messages: mesh.fsdp x mesh.sequence."""
+    return " x ".join(f"mesh.{axis}" for axis in ((entry,) if isinstance(entry, str) else entry))
+
+
 def platform() -> str:
     """What the mesh's devices are ("cpu", "gpu", "tpu"), also of those that are not here but compiled for; without a
     mesh, jax's default."""

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bytelm.config import ConfigError
-from bytelm.parallel.mesh import to_spec, ways
+from bytelm.parallel.mesh import named, to_spec, ways
 
 # Parameters inside a run of blocks carry a leading "layers" axis.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -130,9 +130,8 @@ def state_shardings(mesh: Mesh, abstract: Any, rules: tuple = RULES) -> Any:
         for size, entry, axis in zip(leaf.shape, spec, axes):
             count = ways(entry, mesh.shape)
             if size % count:
-                which = " x mesh.".join((entry,) if isinstance(entry, str) else entry)
-                raise ConfigError(f"mesh.{which}={count} does not divide {axis}={size} of {name}: "
-                                  f"choose a mesh.{which} that divides {size}")  # fmt: skip
+                raise ConfigError(f"{named(entry)}={count} does not divide {axis}={size} of {name}: "
+                                  f"choose a {named(entry)} that divides {size}")  # fmt: skip
         return NamedSharding(mesh, spec)
 
     return jax.tree.map_with_path(one, abstract)

@@ -35,7 +35,7 @@ class Setup:
 
 def plan_state(config: Config, mesh: Mesh) -> Setup:
     """Shapes, shardings and optimizer of a run; allocates nothing. Raises ConfigError where the mesh does not suit."""
-    check_pieces(config, mesh)
+    check_pieces(config, mesh.shape.get("sequence", 1))
     graph, params = structure(config.model)
     optimizer = make_optimizer(config.optim, config.train.steps, params, config.model)
     abstract = jax.eval_shape(lambda: _init(config, optimizer))
@@ -44,9 +44,9 @@ def plan_state(config: Config, mesh: Mesh) -> Setup:
     return Setup(graph, optimizer, abstract, shardings, NamedSharding(mesh, PartitionSpec()))
 
 
-def check_pieces(config: Config, mesh: Mesh) -> None:
-    """Raises ConfigError where rows cannot be cut into the mesh's pieces."""
-    count, model = mesh.shape.get("sequence", 1), config.model
+def check_pieces(config: Config, count: int) -> None:
+    """Raises ConfigError where this config's rows cannot be cut into `count` pieces."""
+    model = config.model
     if count == 1:
         return
     if not isinstance(model, FlatConfig | HNetConfig) or (isinstance(model, HNetConfig) and model.chunker != "learned"):

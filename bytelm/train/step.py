@@ -101,7 +101,7 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
         else:
             # Row i * accum + j goes to microbatch j, so that every device keeps its own rows.
             micro = {
-                k: shard(batch[k].reshape(-1, accum, batch[k].shape[-1]), "batch", None, None)
+                k: shard(batch[k].reshape(-1, accum, batch[k].shape[-1]), "batch", None, "length")
                 for k in FED
                 if k in batch
             }

@@ -13,6 +13,7 @@ from bytelm.nn.compaction import compact, expand, newest_slot, slot_positions
 from bytelm.nn.recurrence import causal_conv, linear_scan, ssd, ssd_sequential
 from bytelm.parallel import make_mesh
 from bytelm.parallel.sequence import pieces
+from bytelm.plan import make_plan
 from bytelm.train.state import plan_state
 from tiny import hat, hnet, run_config
 
@@ -155,3 +156,5 @@ def test_runs_whose_rows_cannot_be_cut(model, sections, message):
     config = dataclasses.replace(run_config("unused", **sections), model=model)
     with pytest.raises(ConfigError, match=message):
         plan_state(config, mesh())
+    with pytest.raises(ConfigError, match=message):
+        make_plan(dataclasses.replace(config, mesh=MeshConfig(data=1, sequence=PIECES)))

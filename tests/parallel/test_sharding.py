@@ -92,7 +92,8 @@ def on_one_device():
 
 
 def test_rows_in_pieces_equal_whole_ones(on_one_device):
-    got, state = losses({"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}, 8)
+    """Also in microbatches."""
+    got, state = losses({"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}, 8, train={"grad_accum": 2})
     np.testing.assert_allclose(got[:, 0], on_one_device[0][:, 0], atol=1e-5)
     up = state["params"]["stack"]["run1"]["mlp"]["up"]["kernel"]
     assert up.sharding.spec == P(None, ("fsdp", "sequence"), "tensor")

@@ -45,13 +45,19 @@ def test_rows_of_a_process(data, fsdp, tensor, mine, monkeypatch):
     assert sorted(owned[0] + owned[1]) == list(range(16)) and len(owned[0]) == 8
 
 
-def test_a_row_over_two_processes_is_refused(monkeypatch):
-    mesh = make_mesh(MeshConfig(data=1, tensor=8))
+def test_a_row_over_two_processes(monkeypatch):
+    """Its pieces may be, and both processes read it; the same piece may not."""
     real = jax.sharding.NamedSharding.devices_indices_map
     monkeypatch.setattr(
         jax.sharding.NamedSharding, "devices_indices_map",
         lambda self, shape: {Elsewhere(d, d.id // 4): i for d, i in real(self, shape).items()},
     )  # fmt: skip
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert hosts.rows_here(make_mesh(MeshConfig(data=1, sequence=4, tensor=2)), 3) == [0, 1, 2]
+        own = hosts.rows_here(make_mesh(MeshConfig(data=2, sequence=4)), 4)
+        assert own == [[0, 1], [2, 3]][process]
+    mesh = make_mesh(MeshConfig(data=1, tensor=8))
     with pytest.raises(ConfigError, match=r"mesh\.tensor=8 spreads a row over several processes"):
         hosts.rows_here(mesh, 16)
 
@@ -109,8 +115,8 @@ def losses(run_dir):
 def start(root, tmp_path):
     """start(name, processes, **sections) -> a launched run of four devices in so many processes."""
 
-    def start(name, processes, *, steps=16, options=(), **sections):
-        mesh = {"data": 2, "fsdp": 2}
+    def start(name, processes, *, steps=16, options=(), sequence=1, **sections):
+        mesh = {"data": 2, "fsdp": 2} if sequence == 1 else {"data": 1, "sequence": sequence}
         config = run_config(tmp_path / name, steps=steps, mesh=mesh, eval={"every": 8}, **sections)
         path = tmp_path / f"{name}.yaml"
         path.write_text(codec.dumps(config))
@@ -142,6 +148,16 @@ def wait_for_step(process, run, step):
             return
         time.sleep(0.02)
     raise AssertionError(f"no step {step}")
+
+
+@pytest.mark.slow
+def test_rows_in_pieces_over_two_processes(start):
+    """Each reads every row and holds half of it; the losses are those of whole rows."""
+    process, cut = start("cut", 2, steps=6, sequence=4)
+    finish(process)
+    process, whole = start("whole", 1, steps=6)
+    finish(process)
+    close(losses(cut), losses(whole))
 
 
 @pytest.mark.slow
