@@ -58,7 +58,7 @@ def steps_on(model, mesh_sizes, devices):
 
 @pytest.mark.parametrize(
     "model",
-    [hat(), pytest.param(spacebyte(), marks=LONG), pytest.param(megabyte(), marks=pytest.mark.slow)],
+    [hat(), pytest.param(spacebyte(), marks=LONG), pytest.param(megabyte(), marks=LONG)],
     ids=lambda m: m.family,
 )
 def test_meshes_equal_one_device(model):
