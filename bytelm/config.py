@@ -13,6 +13,7 @@ from typing import Literal
 
 from bytelm.hierarchical_config import HAT_RESERVED, BLTConfig, HATConfig, MegaByteConfig, SpaceByteConfig
 from bytelm.model_config import (
+    AheadConfig,
     ArchLayout,
     CapacityConfig,
     ConfigError,
@@ -32,6 +33,7 @@ from bytelm.t5_config import DeletionConfig, T5Config
 
 __all__ = [
     "HAT_RESERVED",
+    "AheadConfig",
     "ArchLayout",
     "BLTConfig",
     "CapacityConfig",

@@ -5,9 +5,11 @@ Byte n of row i is drawn with a key of its own (`generate.py`), so "what it woul
 temperature: the text is that of plain decoding with the same seed (but where rounding decides between two bytes), and
 so is its distribution. A fixed guess is kept with the model's probability of it, which is the best there is.
 
-Two ways to guess. `copy`: what followed the last place where the text's last bytes stood before (aggressive decoding,
+Three ways to guess. `copy`: what followed the last place where the text's last bytes stood before (aggressive decoding,
 Ge et al. 2022; prompt lookup; CopySpec). `own`: an H-Net's outermost decoder goes on past the chunk's boundary by
-itself, without asking the inner network anew (self-speculation within the hierarchy, as in Fast BLT).
+itself, without asking the inner network anew (self-speculation within the hierarchy, as in Fast BLT). `heads`: a model
+with heads for further bytes (`models/ahead.py`) says what follows while it verifies what it said before (as EvaByte,
+Medusa). Guesses of both draw with the keys of the bytes that they guess.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ from bytelm.models.build import Params
 from bytelm.models.hnet import HNet
 from bytelm.vocab import END, ByteIds
 
-Draft = Literal["none", "copy", "own"]
+Draft = Literal["none", "copy", "own", "heads"]
 LENGTHS = (8, 32)  # symbols that are read at once, the first of them drawn, not guessed: many while guesses are right
 LONGEST, SHORTEST = 24, 4  # bytes of the text's end that are looked for
 
@@ -46,8 +48,8 @@ class Counts:
 
 def check_draft(draft: Draft, network: nnx.Module) -> None:
     """Raises ConfigError where a network cannot verify, or not guess."""
-    if draft not in ("none", "copy", "own"):
-        raise ConfigError(f"draft={draft!r}: choose none, copy or own")
+    if draft not in ("none", "copy", "own", "heads"):
+        raise ConfigError(f"draft={draft!r}: choose none, copy, own or heads")
     if draft == "none":
         return
     if not hasattr(network, "extend") or (isinstance(network, HNet) and network.told):
@@ -55,6 +57,8 @@ def check_draft(draft: Draft, network: nnx.Module) -> None:
                           "this one does not")  # fmt: skip
     if draft == "own" and not (isinstance(network, HNet) and network.config.levels):
         raise ConfigError("draft='own': only an H-Net has a decoder that can go on by itself; choose copy")
+    if draft == "heads" and not hasattr(network, "ahead"):
+        raise ConfigError("draft='heads': this model was trained without heads for further bytes (model.ahead.bytes)")
 
 
 def copied(text: bytes, count: int) -> bytes:
@@ -79,21 +83,27 @@ def _draw(alphabet, logits, keys, drawn, sampling):
 _first = jax.jit(_draw)
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames="cache")
-def _verify(graph, params, alphabet, cache, keys, drawn, drafts, lengths, sampling):
+@partial(jax.jit, static_argnames=("graph", "ahead"), donate_argnames="cache")
+def _verify(graph, params, alphabet, cache, keys, drawn, drafts, lengths, sampling, ahead):
     """Reads `drafts` [b, q], of each row the first `lengths` [b] (the first symbol of a row is no guess, 0: a row that
     has ended); `drawn` [b]: how many were drawn before them. Gives how many symbols are right, the symbol drawn behind
-    those, and the cache there."""
+    those, the cache there, and, if `ahead`, what the further heads guess behind that symbol [b, n], else nothing."""
     network = nnx.merge(graph, params)
     ids, _ = alphabet
     q = drafts.shape[1]
-    logits, trail = network.extend(ids[jnp.minimum(drafts, END)], cache)
+    logits, trail, y = network.extend_behind(ids[jnp.minimum(drafts, END)], cache)
     each = [_draw(alphabet, logits[:, j], keys, drawn + 1 + j, sampling) for j in range(q)]
     symbols = jnp.stack(each, axis=1)
     right = (symbols[:, :-1] == drafts[:, 1:]) & (jnp.arange(1, q) < lengths[:, None])
     kept = jnp.where(lengths > 0, 1 + jnp.sum(jnp.cumprod(right, axis=1), axis=1), 0)
-    behind = jnp.take_along_axis(symbols, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
-    return kept, behind, network.keep(cache, trail, kept)
+    rows, last = jnp.arange(len(kept)), jnp.maximum(kept - 1, 0)
+    guesses = None
+    if ahead:
+        bytes_only = (ids, alphabet[1].at[END].set(False))
+        each = jnp.moveaxis(network.ahead(y[rows, last]), 1, 0)
+        each = [_draw(bytes_only, one, keys, drawn + kept + 1 + k, sampling) for k, one in enumerate(each)]
+        guesses = jnp.stack(each, axis=1)
+    return kept, symbols[rows, last], network.keep(cache, trail, kept), guesses
 
 
 @partial(jax.jit, static_argnames=("graph", "count"))
@@ -132,7 +142,9 @@ class Drafting:
     ):
         self.graph, self.params, self.ids, self.window, self.draft = graph, params, ids, window, draft
         self.texts, self.made, self.max_bytes, self.counts = list(prompts), [0] * len(prompts), max_bytes, counts
-        self.count = LENGTHS[0]
+        ahead = nnx.merge(graph, params).config.ahead.bytes if draft == "heads" else 0
+        self.sizes = (1 + ahead,) * 2 if ahead else LENGTHS
+        self.count = self.sizes[0]
         rows, base = bucket(len(prompts)), jax.random.key(seed)
         self.keys = jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(rows))
         self.sampling = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
@@ -147,9 +159,10 @@ class Drafting:
         rows = [visible_inputs(text, self.ids, self.window) for text in self.texts]
         width = max(map(len, rows))
         left = self.max_bytes - min(self.made)
-        self.room = min(self.window, bucket(width + left + LENGTHS[-1], 64))
+        self.room = min(self.window, bucket(width + left + self.sizes[-1], 64))
         inputs, self.lengths = pad_rows(rows, len(self.keys), min(bucket(width, 32), self.window))
         logits, self.cache = prefill(self.graph, self.params, inputs, self.lengths, self.room)
+        self.ahead: NDArray | None = None  # what the heads guess behind the next symbol
         self.pending = np.asarray(_first(self.alphabet, logits, self.keys, self._drawn(), self.sampling))
 
     def _guesses(self, live: list[bool], count: int) -> list[bytes | NDArray]:
@@ -159,6 +172,9 @@ class Drafting:
                 copied(text + bytes([symbol]), count) if on and symbol != END else b""
                 for text, symbol, on in zip(self.texts, self.pending.tolist(), live)
             ]
+        if self.draft == "heads":
+            none = np.zeros((len(self.texts), 0), np.int32)
+            return list(none if self.ahead is None else self.ahead[: len(self.texts), :count])
         guesses = np.asarray(
             _own(self.graph, self.params, self.alphabet, self.cache, self.keys, self._drawn(), self.pending,
                  self.sampling, count)
@@ -173,7 +189,7 @@ class Drafting:
         longest = max(int(n) for n, on in zip(self.lengths, live) if on)
         if longest >= self.room:  # the last symbol that can be drawn here is, but it cannot be read
             return self._begin_anew(live)
-        count = next((n for n in (self.count, LENGTHS[0]) if longest + n <= self.room), 1)
+        count = next((n for n in (self.count, self.sizes[0]) if longest + n <= self.room), 1)
         guesses = self._guesses(live, count - 1) if count > 1 else [b""] * len(done)
         width = count if any(len(guess) for guess in guesses) else 1
         drafts = np.zeros((len(self.keys), width), np.int32)
@@ -183,10 +199,11 @@ class Drafting:
             if live[i]:
                 drafts[i, 1 : 1 + len(guess)] = list(guess)
                 read[i] = 1 + len(guess)
-        kept, behind, self.cache = _verify(
-            self.graph, self.params, self.alphabet, self.cache, self.keys, self._drawn(), drafts, read, self.sampling
-        )
-        kept = np.asarray(kept)
+        kept, behind, self.cache, ahead = _verify(
+            self.graph, self.params, self.alphabet, self.cache, self.keys, self._drawn(), drafts, read, self.sampling,
+            self.draft == "heads",
+        )  # fmt: skip
+        kept, self.ahead = np.asarray(kept), None if ahead is None else np.asarray(ahead)
         out: list[bytes | None] = []
         for i, on in enumerate(live):
             new = drafts[i, : kept[i]].astype(np.uint8).tobytes()
@@ -197,7 +214,7 @@ class Drafting:
         self.pending = np.where(kept > 0, np.asarray(behind), self.pending)
         if width > 1:
             share = int(kept.sum()) / int(read.sum())
-            self.count = LENGTHS[-1] if share > 0.9 else LENGTHS[0] if share < 0.5 else self.count
+            self.count = self.sizes[-1] if share > 0.9 else self.sizes[0] if share < 0.5 else self.count
         c, several = self.counts, width > 1
         c.passes, c.single = c.passes + several, c.single + (not several)
         c.drafted, c.right = c.drafted + int(read.sum()) - sum(live), c.right + int(kept.sum()) - sum(live)

@@ -125,12 +125,25 @@ class StackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AheadConfig:
+    """Heads for the bytes behind the next one, which draft when the model is asked to (`draft="heads"`)."""
+
+    bytes: int = 0  # how many further bytes each position predicts; 0 = no such heads
+    weight: float = 0.3  # of their mean loss, beside that of the next byte
+
+    def __post_init__(self):
+        require(self.bytes >= 0, f"model.ahead.bytes={self.bytes}: must not be negative (0 = none)")
+        require(self.weight > 0, f"model.ahead.weight={self.weight}: must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlatConfig:
     """A flat byte model: embedding, one stack, head. MambaByte and hybrids are layouts."""
 
     family: Literal["flat"] = "flat"  # which model family this is
     stack: StackConfig = field(default_factory=StackConfig)  # the blocks
     tie_embeddings: bool = True  # use the embedding table as the output matrix
+    ahead: AheadConfig = field(default_factory=AheadConfig)  # heads for further bytes
     dtype: DType = "float32"  # compute type; parameters are float32 always
     init_std: float = 0.02  # standard deviation of the initial weights (0: 1 / sqrt(fan in))
 
@@ -149,6 +162,9 @@ class TokensConfig(FlatConfig):
     vocabulary: int = 4096  # tokens, the one that ends a text among them
 
     def __post_init__(self):
+        require(
+            not self.ahead.bytes, f"model.ahead.bytes={self.ahead.bytes}: heads for further bytes need a byte model"
+        )
         require(self.vocabulary >= 257, f"model.vocabulary={self.vocabulary}: 256 bytes and an end need 257 at least")
         s = self.stack
         other = {
@@ -274,6 +290,7 @@ class HNetConfig:
     bytes_per_token: float = 4.6  # N_GPT of that equation: bytes per token of the tokenizer it is matched to
     capacity: CapacityConfig = field(default_factory=CapacityConfig)  # chunk slots in training
     tie_embeddings: bool = False  # use the embedding table as the output matrix
+    ahead: AheadConfig = field(default_factory=AheadConfig)  # heads for further bytes
     dtype: DType = "float32"  # compute type; parameters are float32 always
     init_std: float = 0.02  # standard deviation of the initial projections (0: 1 / sqrt(fan in))
     embed_std: float = 1.0  # standard deviation of the initial embeddings

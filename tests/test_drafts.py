@@ -5,13 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytelm.config import ConfigError
+from bytelm.config import AheadConfig, ConfigError
 from bytelm.drafts import copied
 from bytelm.lm import NetworkLM
 from bytelm.models.build import init_params
 from tiny import HYBRID, flat, hat, hnet, network
 
-MODELS = {"flat": (flat(HYBRID), "copy"), "hnet": (hnet(1), "copy"), "hnet2 own": (hnet(2), "own")}
+AHEAD = AheadConfig(bytes=3)
+MODELS = {
+    "flat": (flat(HYBRID), "copy"), "hnet": (hnet(1), "copy"), "hnet2 own": (hnet(2), "own"),
+    "flat heads": (flat(HYBRID, ahead=AHEAD), "heads"), "hnet heads": (hnet(1, ahead=AHEAD), "heads"),
+}  # fmt: skip
 PROMPTS = [b"abcabcabcabcabcab", b"", b"one two one two one t", b"x"]
 
 
@@ -71,7 +75,7 @@ def test_copies_follow_an_earlier_place_of_the_end(text, count):
 
 
 def test_what_cannot_draft_says_so():
-    for config, draft in ((hat(), "copy"), (flat(), "own"), (hnet(1, chunker="words"), "copy")):
+    for config, draft in ((hat(), "copy"), (flat(), "own"), (hnet(1, chunker="words"), "copy"), (flat(), "heads")):
         with pytest.raises(ConfigError, match="draft="):
             NetworkLM(config, init_params(config, jax.random.key(0)), context=64, draft=draft)
     with pytest.raises(ConfigError, match="choose one"):

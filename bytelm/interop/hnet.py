@@ -243,6 +243,8 @@ def reference_config(config: HNetConfig) -> dict[str, Any]:
     levels = config.levels
     if config.chunker != "learned":
         raise ConfigError(f"model.chunker={config.chunker!r}: the reference knows learned boundaries only")
+    if config.ahead.bytes:
+        raise ConfigError(f"model.ahead.bytes={config.ahead.bytes}: the reference has no heads for further bytes")
     stacks = [config.stack(s, "encoder" if s < levels else "main") for s in range(levels + 1)]
     mlp = [any(c.isupper() for p in _parts(config, s) for c in config.stack(s, p).layout) for s in range(levels + 1)]
     for s, stack in enumerate(stacks):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from bytelm.config import (
+    AheadConfig,
     BLTConfig,
     FlatConfig,
     HATConfig,
@@ -46,6 +47,11 @@ def stack_flops(config: StackConfig, t: float) -> float:
     return float(
         sum(count * (mixer[kind.lower()] + mlp * kind.isupper()) for kind, count in parse_layout(config.layout))
     )
+
+
+def ahead_flops(config: AheadConfig, d: int, symbols: int) -> float:
+    """FLOPs per byte of heads for further bytes, which every training step runs, and decoding if they draft."""
+    return 2.0 * config.bytes * (d * d + d * symbols)
 
 
 def target_bytes_per_chunk(config: ModelConfig) -> tuple[float, ...]:
@@ -156,6 +162,7 @@ def forward_flops(config: FlatConfig | UnitConfig, t: int, bytes_per_chunk: Sequ
     level, or per token (default: `target_bytes_per_chunk`)."""
     if isinstance(config, FlatConfig):
         each = stack_flops(config.stack, t) + 2 * config.stack.d_model * config.symbols
+        each += ahead_flops(config.ahead, config.stack.d_model, config.symbols)
         return each / (bytes_per_chunk or target_bytes_per_chunk(config) or (1.0,))[0]
     spans = (1.0, *(bytes_per_chunk or target_bytes_per_chunk(config)))
     if isinstance(config, HATConfig):
@@ -166,7 +173,7 @@ def forward_flops(config: FlatConfig | UnitConfig, t: int, bytes_per_chunk: Sequ
         return megabyte_flops(config, t, spans[1])
     if isinstance(config, BLTConfig):
         return blt_flops(config, t, spans[1])
-    total = 2.0 * config.d_model[0] * 256
+    total = 2.0 * config.d_model[0] * 256 + ahead_flops(config.ahead, config.d_model[0], 256)
     for s, span in enumerate(spans):
         rows = max(t / span, 1.0)
         if s == config.levels:

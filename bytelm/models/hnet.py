@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.config import HNetConfig
+from bytelm.models.ahead import Ahead
 from bytelm.models.base import Output
 from bytelm.models.chunk_metrics import level_metrics
 from bytelm.models.chunking import Routing, boundary_means, ratio_loss, segment_starts
@@ -41,6 +42,8 @@ class HNet(nnx.Module):
         self.backbone = make_stage(config, 0, d, 0, rngs)
         if not config.tie_embeddings:
             self.head = Linear((d,), (VOCABULARY,), std=config.init_std, dtype=config.dtype, rngs=rngs, widen=True)
+        if config.ahead.bytes:
+            self.ahead = Ahead(config.ahead, d, VOCABULARY, std=config.init_std, dtype=config.dtype, rngs=rngs)
         if config.chunker == "entropy":
             self.patcher = Patcher(config.patcher, rngs=rngs)
 
@@ -85,7 +88,11 @@ class HNet(nnx.Module):
             found = level_metrics(level, inputs, row.valid, slots)
             found |= {"fraction": fraction, "mean_probability": probability, "ratio_loss": ratio}
             metrics |= {f"level{i}/{name}": value for name, value in found.items()}
-        return Output(self._logits(y), self.config.ratio_weight * loss, metrics, levels)
+        loss = self.config.ratio_weight * loss
+        if self.config.ahead.bytes:
+            more, right = self.ahead.loss(y, inputs, segments)
+            loss, metrics = loss + more, metrics | right
+        return Output(self._logits(y), loss, metrics, levels)
 
     def prefill(
         self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int
@@ -139,9 +146,14 @@ class HNet(nnx.Module):
     def extend(self, inputs: Int[Array, "b q"], cache: Any) -> tuple[Float[Array, "b q v"], Any]:
         """Logits after each of several more inputs per row, and the trail of them that `keep` reads; for learned
         chunks."""
+        logits, trail, _ = self.extend_behind(inputs, cache)
+        return logits, trail
+
+    def extend_behind(self, inputs: Int[Array, "b q"], cache: Any) -> tuple[Array, Any, Float[Array, "b q d"]]:
+        """`extend`, and what the heads for further bytes read of each input."""
         assert not self.told
         y, trail = self.backbone.extend(self.embed(inputs), cache)
-        return self._logits(y), trail
+        return self._logits(y), trail, y
 
     def keep(self, cache: Any, trail: Any, kept: Int[Array, " b"]) -> Any:
         """The cache after the first `kept` inputs of a trail."""

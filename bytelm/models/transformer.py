@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bytelm.config import FlatConfig
+from bytelm.models.ahead import Ahead
 from bytelm.models.base import Output
 from bytelm.nn.cache import StackCache
 from bytelm.nn.layers import Embedding, Linear
@@ -39,6 +40,8 @@ class FlatModel(nnx.Module):
         self.stack = Stack(config.stack, std=std, dtype=config.dtype, rngs=rngs)
         if not config.tie_embeddings:
             self.head = Linear((d,), (rows,), std=std, dtype=config.dtype, rngs=rngs, widen=True)
+        if config.ahead.bytes:
+            self.ahead = Ahead(config.ahead, d, rows, std=std, dtype=config.dtype, rngs=rngs)
 
     def _logits(self, y, symbols: int = 0):
         logits = self.embed.attend(y) if self.config.tie_embeddings else self.head(y)
@@ -55,7 +58,11 @@ class FlatModel(nnx.Module):
 
         Rotary positions run on over the whole row: attention sees only differences of positions within a segment.
         """
-        return Output(self._logits(self.stack(self.embed(inputs), segments=segments)))
+        y = self.stack(self.embed(inputs), segments=segments)
+        if not self.config.ahead.bytes:
+            return Output(self._logits(y))
+        loss, metrics = self.ahead.loss(y, inputs, segments)
+        return Output(self._logits(y), loss, metrics)
 
     def prefill(
         self, inputs: Int[Array, "b t"], lengths: Int[Array, " b"], max_length: int
@@ -72,8 +79,13 @@ class FlatModel(nnx.Module):
 
     def extend(self, inputs: Int[Array, "b q"], cache: StackCache) -> tuple[Float[Array, "b q v"], Any]:
         """Logits after each of several more inputs per row, and the trail of them that `keep` reads."""
+        logits, trail, _ = self.extend_behind(inputs, cache)
+        return logits, trail
+
+    def extend_behind(self, inputs: Int[Array, "b q"], cache: StackCache) -> tuple[Array, Any, Float[Array, "b q d"]]:
+        """`extend`, and what the heads for further bytes read of each input."""
         y, trail = self.stack.extend(self.embed(inputs), cache)
-        return self._logits(y), trail
+        return self._logits(y), trail, y
 
     def keep(self, cache: StackCache, trail: Any, kept: Int[Array, " b"]) -> StackCache:
         """The cache after the first `kept` inputs of a trail."""

@@ -18,6 +18,7 @@ from bytelm.parallel.mesh import named, to_spec, ways
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"((local_|hash_)?embed|positions|ranks)/table", (None, "embed")),
     (r"head/kernel", ("embed", None)),
+    (r"ahead/heads/(mix|out)/kernel", ("layers", "embed", None)),
     (r"(stack|encoder|decoder|main|final|local)/norm/scale", (None,)),
     (r"router/[qk]/kernel", ("embed", None)),
     (r"residual/kernel", ("embed", None)),

@@ -33,8 +33,9 @@ from bytelm.parallel.hosts import place
 from bytelm.parallel.rules import path_string
 from bytelm.vocab import NUM_SYMBOLS
 
-# What a model may have that the weights it starts from do not: a ByT5 becomes an MrT5, chunks come by entropy.
-FRESH = re.compile(r"(encoder/(delete_gate|boundary|pool)|patcher)/")
+# What a model may have that the weights it starts from do not: a ByT5 becomes an MrT5, chunks come by entropy,
+# further bytes are predicted.
+FRESH = re.compile(r"(encoder/(delete_gate|boundary|pool)|patcher|ahead)/")
 
 
 def load_initial_params(source: str, abstract: Params, fresh: Params) -> tuple[Params, list[str]]:
