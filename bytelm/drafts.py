@@ -13,9 +13,8 @@ Medusa). Guesses of both draw with the keys of the bytes that they guess.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from bytelm.config import ConfigError
+from bytelm.copying import LENGTHS, Counts, copied, next_length
 from bytelm.following import emit
 from bytelm.generate import Sampling, bucket, draw, pad_rows, prefill, visible_inputs
 from bytelm.models.build import Params
@@ -31,19 +31,6 @@ from bytelm.models.hnet import HNet
 from bytelm.vocab import END, ByteIds
 
 Draft = Literal["none", "copy", "own", "heads"]
-LENGTHS = (8, 32)  # symbols that are read at once, the first of them drawn, not guessed: many while guesses are right
-LONGEST, SHORTEST = 24, 4  # bytes of the text's end that are looked for
-
-
-@dataclass
-class Counts:
-    """What drafted decoding did, over all rows."""
-
-    passes: int = 0  # readings of several symbols at once
-    single: int = 0  # readings of one
-    drafted: int = 0  # symbols guessed
-    right: int = 0  # of these, the ones kept
-    made: int = 0  # bytes of text
 
 
 def check_draft(draft: Draft, network: nnx.Module) -> None:
@@ -53,25 +40,12 @@ def check_draft(draft: Draft, network: nnx.Module) -> None:
     if draft == "none":
         return
     if not hasattr(network, "extend") or (isinstance(network, HNet) and network.told):
-        raise ConfigError(f"draft={draft!r}: flat models and H-Nets with learned chunks read several bytes at once, "
-                          "this one does not")  # fmt: skip
+        raise ConfigError(f"draft={draft!r}: flat models, H-Nets with learned chunks, encoder-decoders and tokenized "
+                          "models read several bytes at once, this one does not")  # fmt: skip
     if draft == "own" and not (isinstance(network, HNet) and network.config.levels):
         raise ConfigError("draft='own': only an H-Net has a decoder that can go on by itself; choose copy")
     if draft == "heads" and not hasattr(network, "ahead"):
         raise ConfigError("draft='heads': this model was trained without heads for further bytes (model.ahead.bytes)")
-
-
-def copied(text: bytes, count: int) -> bytes:
-    """Up to `count` bytes that followed the latest earlier place where the end of the text stands, the longest end that
-    stands anywhere; empty where not even SHORTEST bytes do."""
-    length = LONGEST
-    while length >= SHORTEST:
-        if length < len(text):
-            found = text.rfind(text[-length:], 0, len(text) - 1)
-            if found >= 0:
-                return text[found + length : found + length + count]
-        length = length * 2 // 3 if length > 6 else length - 1
-    return b""
 
 
 def _draw(alphabet, logits, keys, drawn, sampling):
@@ -91,7 +65,7 @@ def _verify(graph, params, alphabet, cache, keys, drawn, drafts, lengths, sampli
     network = nnx.merge(graph, params)
     ids, _ = alphabet
     q = drafts.shape[1]
-    logits, trail, y = network.extend_behind(ids[jnp.minimum(drafts, END)], cache)
+    logits, trail, y = network.extend(ids[jnp.minimum(drafts, END)], cache)
     each = [_draw(alphabet, logits[:, j], keys, drawn + 1 + j, sampling) for j in range(q)]
     symbols = jnp.stack(each, axis=1)
     right = (symbols[:, :-1] == drafts[:, 1:]) & (jnp.arange(1, q) < lengths[:, None])
@@ -139,7 +113,11 @@ class Drafting:
         seed: int,
         draft: Draft,
         counts: Counts,
+        sources: list[bytes] | None = None,
+        encoded: Any = None,
     ):
+        """`sources`: inputs, of which `encoded` is what the encoder made, in bucket(len(prompts)) rows."""
+        self.sources, self.encoded = sources or [b""] * len(prompts), encoded
         self.graph, self.params, self.ids, self.window, self.draft = graph, params, ids, window, draft
         self.texts, self.made, self.max_bytes, self.counts = list(prompts), [0] * len(prompts), max_bytes, counts
         ahead = nnx.merge(graph, params).config.ahead.bytes if draft == "heads" else 0
@@ -161,7 +139,7 @@ class Drafting:
         left = self.max_bytes - min(self.made)
         self.room = min(self.window, bucket(width + left + self.sizes[-1], 64))
         inputs, self.lengths = pad_rows(rows, len(self.keys), min(bucket(width, 32), self.window))
-        logits, self.cache = prefill(self.graph, self.params, inputs, self.lengths, self.room)
+        logits, self.cache = prefill(self.graph, self.params, inputs, self.lengths, self.room, self.encoded)
         self.ahead: NDArray | None = None  # what the heads guess behind the next symbol
         self.pending = np.asarray(_first(self.alphabet, logits, self.keys, self._drawn(), self.sampling))
 
@@ -169,8 +147,8 @@ class Drafting:
         """What may follow each row's next symbol."""
         if self.draft == "copy":
             return [
-                copied(text + bytes([symbol]), count) if on and symbol != END else b""
-                for text, symbol, on in zip(self.texts, self.pending.tolist(), live)
+                copied(text + bytes([symbol]), count, source) if on and symbol != END else b""
+                for text, source, symbol, on in zip(self.texts, self.sources, self.pending.tolist(), live)
             ]
         if self.draft == "heads":
             none = np.zeros((len(self.texts), 0), np.int32)
@@ -213,12 +191,9 @@ class Drafting:
         self.lengths = self.lengths + kept
         self.pending = np.where(kept > 0, np.asarray(behind), self.pending)
         if width > 1:
-            share = int(kept.sum()) / int(read.sum())
-            self.count = self.sizes[-1] if share > 0.9 else self.sizes[0] if share < 0.5 else self.count
-        c, several = self.counts, width > 1
-        c.passes, c.single = c.passes + several, c.single + (not several)
-        c.drafted, c.right = c.drafted + int(read.sum()) - sum(live), c.right + int(kept.sum()) - sum(live)
-        c.made += int(kept.sum())
+            self.count = next_length(self.sizes, self.count, int(read.sum()), int(kept.sum()))
+        made = int(kept.sum())
+        self.counts.add(several=width > 1, drafted=int(read.sum()) - sum(live), right=made - sum(live), made=made)
         return out
 
     def _begin_anew(self, live: list[bool]) -> list[bytes | None]:

@@ -44,8 +44,9 @@ from bytelm.config import (
     TokensConfig,
     longest_row,
 )
+from bytelm.copying import Counts
 from bytelm.data.words import WordRule
-from bytelm.drafts import Counts, Draft, Drafting, check_draft, drafted_bytes
+from bytelm.drafts import Draft, Drafting, check_draft, drafted_bytes
 from bytelm.generate import bucket, generate_bytes, pad_rows, visible_inputs
 from bytelm.interop import token_lm
 from bytelm.interop.gguf_file import open_gguf
@@ -281,10 +282,9 @@ def load(
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
-    if draft != "none" and (path.suffix == ".gguf" or token_lm.is_token_lm(read_record(path))):
-        raise ConfigError(f"draft={draft!r}: a tokenized model verifies no drafts yet")
+    bytes_of_tokens = dict(semantics=semantics or "masked", beam=beam, long_text=long_text, draft=draft)
     if path.suffix == ".gguf" or (path.is_dir() and token_lm.is_token_lm(read_record(path))):
-        return _tokenized(path, dtype, mesh, semantics=semantics or "masked", beam=beam, long_text=long_text)
+        return _tokenized(path, dtype, mesh, **bytes_of_tokens)
     trained = run_tokenizer(path) is not None
     if mesh is not None:
         raise ConfigError(
@@ -304,11 +304,10 @@ def load(
         raise ConfigError(f"{path} is a run with a config of its own; config goes with a bare file of weights")
     run, params = load_run(path, checkpoint)
     if isinstance(run.model, TokensConfig):
-        for name, given in (("draft", draft != "none"), ("wait", wait), ("deletion", deletion), ("reserved", reserved)):
+        for name, given in (("wait", wait), ("deletion", deletion), ("reserved", reserved)):
             if given:
                 raise ConfigError(f"{name}: {path} is a tokenized model, which has none")
-        return _trained_tokens(path, checkpoint, run, params, dtype,
-                               semantics=semantics or "masked", beam=beam, long_text=long_text)  # fmt: skip
+        return _trained_tokens(path, checkpoint, run, params, dtype, **bytes_of_tokens)
     kept = reserved or run.data.reserved
     return _as_lm(_with_dtype(run.model, dtype), params, run.data.seq_len, kept, wait, draft, deletion)
 
@@ -365,9 +364,7 @@ def _as_lm(
     config: ModelConfig, params: Params, context: int, reserved: str, wait: float, draft: Draft, deletion: str | None
 ) -> ByteLM:
     if isinstance(config, T5Config):
-        if draft != "none":
-            raise ConfigError(f"draft={draft!r}: an encoder-decoder verifies no drafts yet")
-        return Seq2SeqLM(config, params, context, deletion=deletion or "hard")
+        return Seq2SeqLM(config, params, context, deletion=deletion or "hard", draft=draft)
     if deletion is not None:
         raise ConfigError(f"deletion={deletion!r}: a {config.family} model deletes nothing")
     return NetworkLM(config, params, context, reserved=reserved, wait=wait, draft=draft)

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from bytelm.beams import search_beams
 from bytelm.boundaries import Boundaries
 from bytelm.config import ConfigError, T5Config
+from bytelm.copying import LENGTHS, Counts
+from bytelm.drafts import Draft, Drafting, check_draft, drafted_bytes
 from bytelm.generate import Sampling, bucket, generate_bytes, pad_rows
 from bytelm.models.build import Params, structure
 from bytelm.models.deletion import PAD, slot_sizes
@@ -63,18 +65,21 @@ class Seq2SeqLM(ByteLM):
         batch_bytes: int = 1 << 15,
         deletion: str = "hard",
         threshold: float | None = None,
+        draft: Draft = "none",
     ):
         """`context` is the input length it was trained on; a forward pass takes about `batch_bytes` ids of input.
 
         `deletion`: hard takes deleted bytes out (exactly: the encoder's first blocks say how many slots the batch
         needs), soft adds the gate's values to the scores, as in training, none ignores the gate. `threshold` replaces
-        the config's.
+        the config's. `draft`: none, or copy as in `NetworkLM`, from the input too.
         """
         if deletion not in ("hard", "soft", "none"):
             raise ConfigError(f"deletion={deletion!r}: choose hard, soft or none")
         self.config, self.params, self.window, self.deletion = config, params, context, deletion
         self.threshold = np.float32(config.deletion.threshold if threshold is None else threshold)
-        self.graph, _ = structure(config)
+        self.graph, abstract = structure(config)
+        check_draft(draft, nnx.merge(self.graph, abstract))
+        self.draft, self.counts = draft, Counts()
         self._symbols, self.batch_bytes = self.ids.symbol_ids(), batch_bytes
 
     def _source(self, text: bytes) -> NDArray[np.int32]:
@@ -163,6 +168,14 @@ class Seq2SeqLM(ByteLM):
     def _continue(self, prompts, inputs, max_bytes, sampling: Sampling, seed, stop, block):
         sources = self._sources(inputs, len(prompts))
         padded, _ = pad_rows(sources, bucket(len(sources)), bucket(max(map(len, sources)), 32))
+        if self.draft != "none":
+            window = max(map(len, prompts)) + max_bytes + LENGTHS[-1] + 2
+            make = partial(
+                Drafting, self.graph, self.params, self.ids, prompts, window=window, max_bytes=max_bytes,
+                sampling=sampling, seed=seed, draft=self.draft, counts=self.counts, sources=inputs,
+                encoded=self.encode_rows(padded),
+            )  # fmt: skip
+            return drafted_bytes(make, len(prompts), max_bytes, stop, block)
         return generate_bytes(
             self.graph, self.params, self.ids, prompts, window=max(map(len, prompts)) + max_bytes + 2,
             max_bytes=max_bytes, sampling=sampling, seed=seed, stop=stop, block=block,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bytelm.config import AheadConfig, ConfigError
-from bytelm.drafts import copied
+from bytelm.copying import copied
 from bytelm.lm import NetworkLM
 from bytelm.models.build import init_params
 from tiny import HYBRID, flat, hat, hnet, network
@@ -71,6 +71,8 @@ def test_copies_follow_an_earlier_place_of_the_end(text, count):
     assert len(found) <= count
     if found:
         assert any(text[:i].endswith(text[-4:]) and text[i:].startswith(found) for i in range(4, len(text)))
+    assert copied(b"th", 4, source=b"the end") == b"e en" and copied(b"x", 4, source=b"the end") == b""
+    assert copied(b"a quick", 6, source=b"The quick fox") == b" fox\na" and copied(b"", 3, b"abcd") == b"abc"
     assert copied(b"abcd1abcd", 3) == b"1ab" and copied(b"abcd1abc", 3) == b"" and copied(b"aaaaaaaa", 2) == b"a"
 
 

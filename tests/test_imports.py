@@ -12,6 +12,7 @@ ANY = {
     "vocab",
     "windows",
     "patterns",
+    "copying",
     "data.functional",
     "data.words",
     "data.word_rule",
@@ -21,7 +22,7 @@ ANY = {
 ARROWS = {
     "xla_flags": set(), "config": set(), "model_config": set(), "hierarchical_config": set(), "t5_config": set(),
     "boundaries": set(), "vocab": set(), "metrics": set(), "devices": set(),
-    "codec": set(), "windows": set(), "patterns": set(),
+    "codec": set(), "windows": set(), "patterns": set(), "copying": set(),
     "parallel": set(),
     "nn": {"parallel"},  # only shard()
     "models": {"nn", "parallel"},
@@ -37,7 +38,7 @@ ARROWS = {
     "drafts": {"following", "generate", "models"},
     "lm": {"models", "byteview", "interop", "generate", "checkpoint", "protocol", "seq2seq_lm", "parallel",
            "cached_steps", "drafts"},
-    "seq2seq_lm": {"models", "generate", "protocol", "beams"}, "beams": set(),
+    "seq2seq_lm": {"models", "generate", "protocol", "beams", "drafts"}, "beams": set(),
     "topology": set(), "plan_compile": {"topology", "parallel", "train"},
     "communication": {"parallel", "train.step", "models.flops", "data.seq2seq"},
     "plan_sweep": {"plan", "plan_pod", "topology", "devices", "models"},

@@ -155,3 +155,18 @@ def test_saved_for_its_authors_code_and_converted_back(lm, tmp_path, capsysbinar
     assert 'class="d"' in page
     assert cli(["chunks", str(tmp_path / "hf"), "--text", "naïve café"]) == 0
     assert b"deleted" in capsysbinary.readouterr().out
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=0.8, top_p=0.9, seed=2)])
+def test_copies_of_the_input_change_no_byte(lm, options):
+    """Targets side by side, begun and not, and one alone: those of plain decoding. Guesses come from the input, too."""
+    drafted = Seq2SeqLM(lm.config, lm.params, 64, draft="copy")
+    inputs = [b"go on and on and on and on", *INPUTS]
+    prompts = [b"go on and", b"The qu", b"", b"x"]
+    want = lm.generate_batch(prompts, 40, inputs=inputs, **options)
+    assert drafted.generate_batch(prompts, 40, inputs=inputs, **options) == want
+    assert drafted.generate(b"", 30, input=inputs[0], **options) == lm.generate(b"", 30, input=inputs[0], **options)
+    c = drafted.counts
+    assert c.drafted >= c.right > 0 and c.passes > 0
+    with pytest.raises(ConfigError, match="draft="):
+        Seq2SeqLM(lm.config, lm.params, 64, draft="own")

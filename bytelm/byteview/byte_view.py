@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from bytelm.byteview.cover import Grammar, Semantics, Tree, chain, log_sum
 from bytelm.byteview.covers import Covers
+from bytelm.byteview.drafted import draw_drafted
 from bytelm.byteview.token_model import Session, TokenModel
 from bytelm.byteview.token_sampling import draw_tokens
 from bytelm.byteview.vocabulary import Vocabulary
 from bytelm.config import ConfigError
+from bytelm.copying import Counts
 from bytelm.following import score_steps
 from bytelm.generate import Sampling
 from bytelm.protocol import ByteLM, ImpossibleText, Score, Text, in_context, no_inputs
@@ -32,6 +34,9 @@ class TokenizedLM(ByteLM):
     canonical, the last token of a cover not tested), all (every way to cut a text counts: what the model's own samples
     follow; the `beam` most probable strings of tokens are kept, and `follow` bounds the rest).
 
+    `draft`: copy guesses next bytes from what stands earlier in the text, and has them read at once (`drafted.py`); the
+    bytes are those of no drafts; `counts` says how often it guessed right. A text that has slid is not guessed.
+
     `long_text`: whether `generate` refuses what is longer than the model's context, or slides: then the oldest half is
     forgotten.
     """
@@ -45,6 +50,7 @@ class TokenizedLM(ByteLM):
         beam: int = 64,
         long_text: str = "refuse",
         chat_template: str = "",
+        draft: str = "none",
     ):
         if semantics not in get_args(Semantics):
             raise ConfigError(f"semantics={semantics!r}: choose {', '.join(get_args(Semantics))}")
@@ -55,6 +61,10 @@ class TokenizedLM(ByteLM):
         if vocabulary.start is None:
             raise ConfigError("the tokenizer has no token that starts a text, so the first one has no probability: "
                               "name one (bos_token in tokenizer_config.json)")  # fmt: skip
+        if draft not in ("none", "copy") or (draft == "copy" and semantics == "all"):
+            raise ConfigError(f"draft={draft!r}: a tokenized model verifies what is copied (copy), and that under "
+                              f"semantics masked, canonical or lastfree, not {semantics}")  # fmt: skip
+        self.draft, self.counts = draft, Counts()
         self.semantics: Semantics = semantics  # type: ignore[assignment]
         self.model, self.vocabulary, self.chat_template = model, vocabulary, chat_template
         self.beam, self.slides = beam, long_text == "slide"
@@ -277,6 +287,10 @@ class TokenizedLM(ByteLM):
             raise ConfigError(f"prompt and continuation are longer than the {self.window} bytes that this model has "
                               "room for: shorten the prompt, ask for fewer bytes, or let it slide "
                               "(long_text)")  # fmt: skip
+        if self.draft == "copy":
+            no_inputs(inputs)
+            covers, kept = self.follow(prompts), self.counts
+            return draw_drafted(covers, prompts, max_bytes, sampling, seed, stop, block, kept, self.window)
         if sampling == Sampling() and self.semantics == "masked" and not self.slides:
             no_inputs(inputs)
             return self._by_tokens(prompts, max_bytes, sampling, seed, stop, block)

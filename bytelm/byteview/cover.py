@@ -151,6 +151,17 @@ class Tree:
         self.open = still
         return closed
 
+    def back(self, opened: list[Node]) -> list[Node]:
+        """Takes the last byte back, and gives the nodes that end with it; `opened`: the open nodes before it. Nothing
+        may have been dropped since."""
+        end, gone = len(self.text), []
+        for node in opened:
+            node.ranges.pop()
+            gone += [child for child in node.children if child.end == end]
+            node.children = [child for child in node.children if child.end != end]
+        self.text, self.open = self.text[:-1], opened
+        return gone
+
     def child(self, node: Node, token: int, text: bytes) -> Node | None:
         """The node behind one more token (None: no text begins so). `text`: all of its bytes."""
         if self.semantics != "all":
@@ -236,7 +247,10 @@ class Tree:
 
     def log_mass(self) -> NDArray[np.float64]:
         """ln of the mass of the covers of the text and each next symbol, [257]; not normalised."""
-        parts = [self.inside(node, len(self.text)) + node.logp for node in self.open]
+        return self._mass(self.open, len(self.text))
+
+    def _mass(self, opened: list[Node], n: int) -> NDArray[np.float64]:
+        parts = [self.inside(node, n) + node.logp for node in opened]
         return np.logaddexp.reduce(parts, axis=0) if parts else np.full(257, -np.inf)
 
     def possible(self) -> bool:
@@ -253,9 +267,16 @@ class Tree:
 
     def logprobs(self) -> NDArray[np.float64]:
         """ln p of each next symbol, [257]; all -inf where no text begins so."""
-        mass = self.log_mass()
-        total = log_sum(mass)
-        return mass - total if total > -np.inf else mass
+        return _normalised(self.log_mass())
+
+    def logprobs_at(self, opened: list[Node], n: int) -> NDArray[np.float64]:
+        """`logprobs` behind the first n bytes, where the nodes `opened` were open."""
+        return _normalised(self._mass(opened, n))
+
+
+def _normalised(mass: NDArray[np.float64]) -> NDArray[np.float64]:
+    total = log_sum(mass)
+    return mass - total if total > -np.inf else mass
 
 
 def narrow(vocabulary: Vocabulary, low: int, high: int, byte: int, depth: int) -> tuple[int, int]:

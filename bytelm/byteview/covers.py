@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bytelm.byteview.beam import LazyTree
-from bytelm.byteview.cover import Tree
+from bytelm.byteview.cover import Node, Tree
 from bytelm.following import Follower
 from bytelm.vocab import END
 
@@ -93,6 +93,40 @@ class Covers(Follower):
                 row = np.zeros(END + 1) if tree is None else np.exp(tree.logprobs())
                 pairs.append((row, row))
         return np.stack([low for low, _ in pairs]), np.stack([high for _, high in pairs])
+
+    def look(self, guesses: Sequence[bytes]) -> list[list[NDArray[np.float64]]]:
+        """ln p of the symbol behind each text and behind each byte of what is guessed to follow it, all read at once.
+        `keep` must come next. For eager trees."""
+        self._guessed = []
+        for tree, guess in zip(self.trees, guesses):
+            steps: list[tuple[list[Node], list[Node]]] = []  # before each byte: the open nodes; those it closes
+            if tree is not None:
+                for byte in guess:
+                    opened = tree.open
+                    steps.append((opened, tree.push(byte)))
+            self._guessed.append(steps)
+        trees = [tree for tree in self.trees if tree is not None]
+        self._lm.read(self.session, trees)
+        out = []
+        for tree, steps in zip(self.trees, self._guessed):
+            if tree is None:
+                out.append([np.full(END + 1, -np.inf)])
+                continue
+            places = [*(opened for opened, _ in steps), tree.open]
+            first = len(tree.text) - len(steps)
+            out.append([tree.logprobs_at(opened, first + n) for n, opened in enumerate(places)])
+        return out
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Goes back to the first `counts` bytes of what was guessed for each text."""
+        for i, (tree, steps, count) in enumerate(zip(self.trees, self._guessed, counts)):
+            if tree is None:
+                continue
+            self._texts[i] += tree.text[len(tree.text) - len(steps) :][:count]
+            for opened, _ in reversed(steps[count:]):
+                self.session.forget(tree.back(opened))
+            for _, closed in steps[:count]:
+                self.session.forget(tree.drop(closed))
 
     def push(self, symbols: Sequence[int]) -> None:
         for i, (tree, symbol) in enumerate(zip(self.trees, symbols)):

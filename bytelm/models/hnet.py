@@ -143,14 +143,9 @@ class HNet(nnx.Module):
         y, cache = self.backbone.back(pending, cache, active)
         return self._logits(y), cache
 
-    def extend(self, inputs: Int[Array, "b q"], cache: Any) -> tuple[Float[Array, "b q v"], Any]:
-        """Logits after each of several more inputs per row, and the trail of them that `keep` reads; for learned
-        chunks."""
-        logits, trail, _ = self.extend_behind(inputs, cache)
-        return logits, trail
-
-    def extend_behind(self, inputs: Int[Array, "b q"], cache: Any) -> tuple[Array, Any, Float[Array, "b q d"]]:
-        """`extend`, and what the heads for further bytes read of each input."""
+    def extend(self, inputs: Int[Array, "b q"], cache: Any) -> tuple[Array, Any, Float[Array, "b q d"]]:
+        """After each of several more inputs per row: logits [b, q, v]; the trail that `keep` reads; what the logits are
+        made of, for heads of further bytes. For learned chunks."""
         assert not self.told
         y, trail = self.backbone.extend(self.embed(inputs), cache)
         return self._logits(y), trail, y

@@ -9,7 +9,7 @@ bytes are kept and then choose the number of slots.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -349,24 +349,42 @@ class T5(nnx.Module):
 
     def step(self, inputs: Int[Array, " b"], cache: DecoderCache) -> tuple[Float[Array, "b v"], DecoderCache]:
         """Logits after one more input per row. The caller keeps lengths below the cache's room."""
-        c = self.config
-        rows, slots = jnp.arange(inputs.shape[0]), jnp.arange(cache.k.shape[2])[None]
-        r = self.embed(inputs)[:, None].astype(wide(c.dtype))
-        bias = self.decoder.position_bias(cache.lengths[:, None], slots)
-        keys = Keys((slots <= cache.lengths[:, None])[:, None])
-        how = Attending(c.softmax_one)
+        y, (k, v), _ = self._read(inputs[:, None], cache)
+        return self._logits(y[:, 0]), dataclasses.replace(cache, lengths=cache.lengths + 1, k=k, v=v)
+
+    def extend(self, inputs: Int[Array, "b q"], cache: DecoderCache) -> tuple[Array, Any, Float[Array, "b q d"]]:
+        """After each of several more inputs per row: logits [b, q, v]; the trail that `keep` reads; what the logits are
+        made of. The caller keeps lengths + q within the cache's room."""
+        y, _, trail = self._read(inputs, cache)
+        return self._logits(y), trail, y
+
+    def _read(self, inputs: Int[Array, "b q"], cache: DecoderCache):
+        """Vectors behind more inputs [b, q, d], keys and values of the cache with them, and theirs alone [l, b, q, h,
+        k]."""
+        rows, slots = jnp.arange(inputs.shape[0])[:, None], jnp.arange(cache.k.shape[2])[None]
+        places = cache.lengths[:, None] + jnp.arange(inputs.shape[1])
+        bias = self.decoder.position_bias(places, slots)
+        keys = Keys(slots[:, None] <= places[:, :, None])
+        how = Attending(self.config.softmax_one)
 
         def layer(r, block):
             block, k, v, sk, sv = block
             x = block.attention_norm(r)
             new_k, new_v = block.attention.project_keys(x)
-            k = k.at[rows, cache.lengths].set(new_k[:, 0], mode="drop")
-            v = v.at[rows, cache.lengths].set(new_v[:, 0], mode="drop")
+            k, v = (old.at[rows, places].set(new, mode="drop") for old, new in ((k, new_k), (v, new_v)))
             y, _ = block.attention(x, k, v, bias, keys, how)
             r, _ = block.cross(r + y.astype(r.dtype), sk, sv, cache.source, how)
-            return block.feed_forward(r, Dropout()), (k, v)
+            return block.feed_forward(r, Dropout()), ((k, v), (new_k, new_v))
 
+        r = self.embed(inputs).astype(wide(self.config.dtype))
         per_layer = (self.decoder.blocks, cache.k, cache.v, cache.source_k, cache.source_v)
-        r, (k, v) = jax.lax.scan(layer, r, per_layer)
-        logits = self._logits(self.decoder.norm(r)[:, 0])
-        return logits, dataclasses.replace(cache, lengths=cache.lengths + 1, k=k, v=v)
+        r, (whole, new) = jax.lax.scan(layer, r, per_layer)
+        return self.decoder.norm(r), whole, new
+
+    def keep(self, cache: DecoderCache, trail: Any, kept: Int[Array, " b"]) -> DecoderCache:
+        """The cache after the first `kept` inputs of a trail."""
+        index, room = jnp.arange(trail[0].shape[2]), cache.k.shape[2]
+        place = jnp.where(index < kept[:, None], cache.lengths[:, None] + index, room)
+        rows = jnp.arange(len(kept))[:, None]
+        k, v = (old.at[:, rows, place].set(new, mode="drop") for old, new in zip((cache.k, cache.v), trail))
+        return dataclasses.replace(cache, lengths=cache.lengths + kept, k=k, v=v)

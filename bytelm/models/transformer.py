@@ -77,13 +77,9 @@ class FlatModel(nnx.Module):
         y, cache = self.stack.step(self.embed(inputs), cache)
         return self._logits(y), cache
 
-    def extend(self, inputs: Int[Array, "b q"], cache: StackCache) -> tuple[Float[Array, "b q v"], Any]:
-        """Logits after each of several more inputs per row, and the trail of them that `keep` reads."""
-        logits, trail, _ = self.extend_behind(inputs, cache)
-        return logits, trail
-
-    def extend_behind(self, inputs: Int[Array, "b q"], cache: StackCache) -> tuple[Array, Any, Float[Array, "b q d"]]:
-        """`extend`, and what the heads for further bytes read of each input."""
+    def extend(self, inputs: Int[Array, "b q"], cache: StackCache) -> tuple[Array, Any, Float[Array, "b q d"]]:
+        """After each of several more inputs per row: logits [b, q, v]; the trail that `keep` reads; what the logits are
+        made of, for heads of further bytes."""
         y, trail = self.stack.extend(self.embed(inputs), cache)
         return self._logits(y), trail, y
 

@@ -26,7 +26,7 @@ def test_reading_several_at_once_equals_single_steps(name, count):
     lengths = jnp.array([1, 5, 2, 9])
     prefill = jax.jit(lambda s, x, n: nnx.merge(graph, s).prefill(x, n, room))
     step = jax.jit(lambda s, x, c: nnx.merge(graph, s).step(x, c))
-    extend = jax.jit(lambda s, x, c: nnx.merge(graph, s).extend(x, c))
+    extend = jax.jit(lambda s, x, c: nnx.merge(graph, s).extend(x, c)[:2])
     keep = jax.jit(lambda s, c, t, n: nnx.merge(graph, s).keep(c, t, n))
     longest = int(lengths.max()) + count * 5
     _, cache = prefill(state, ids[:, :16], lengths)

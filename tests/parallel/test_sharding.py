@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from bytelm.config import ConfigError, MeshConfig, StackConfig
+from bytelm.config import AheadConfig, ConfigError, MeshConfig, StackConfig
 from bytelm.data.pipeline import Batches, load_text
 from bytelm.models.build import byte_ids, structure
 from bytelm.parallel.mesh import make_mesh, shard
@@ -14,6 +14,8 @@ from bytelm.parallel.rules import RULES, logical_axes, path_string, state_shardi
 from bytelm.train.state import init_state, plan_state
 from bytelm.train.step import make_train_step, place_batch
 from tiny import HYBRID, blt, flat, hat, hnet, megabyte, run_config, spacebyte, t5
+
+AHEAD = AheadConfig(bytes=2)
 
 
 def test_exactly_one_row_matches_each_parameter():
@@ -29,7 +31,7 @@ def test_exactly_one_row_matches_each_parameter():
 
 def test_every_row_is_used():
     """A row that matches nothing is a parameter that was renamed."""
-    configs = [flat(StackConfig(layout="M1T1", d_model=32, num_heads=4), tie_embeddings=False), hnet(2)]
+    configs = [flat(StackConfig(layout="M1T1", d_model=32, num_heads=4), tie_embeddings=False, ahead=AHEAD), hnet(2)]
     configs += [t5(kind) for kind in ("learned", "boundary", "convolution")]
     configs += [hat(), spacebyte(positions=64, slots=64), megabyte(positions=64), blt()]
     paths = ["chunks/need", "chunks/capacity"]
@@ -71,7 +73,7 @@ def test_shard_is_a_no_op_without_a_mesh():
 
 
 def losses(mesh_sizes, devices, steps=5, **changes):
-    config = run_config("unused", mesh=mesh_sizes, **changes)
+    config = run_config("unused", mesh=mesh_sizes, model={"ahead": AHEAD}, **changes)
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     sources, _ = load_text(config.data)
     batches = Batches(sources, config.data, byte_ids(config.model), seed=0)
