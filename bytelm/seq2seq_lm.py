@@ -23,6 +23,7 @@ from bytelm.protocol import ByteLM, Score, Text, log_softmax
 from bytelm.vocab import T5_IDS, encode
 
 Deletion = Literal["hard", "soft", "none"]
+PARTS = 4  # of a batch, by the bytes that its rows keep
 
 
 @partial(jax.jit, static_argnums=0)
@@ -122,7 +123,20 @@ class Seq2SeqLM(ByteLM):
             source, _ = pad_rows([sources[i] for i in group], count, width)
             longest = bucket(max(len(targets[i]) for i in group), 8)
             inputs, lengths = pad_rows([targets[i] for i in group], count, longest)
-            yield group, self.encode_rows(source), inputs, lengths
+            for part, encoded in self._finished(self.look(source), len(group)):
+                yield [group[i] for i in part if i < len(group)], encoded, inputs[part], lengths[part]
+
+    def _finished(self, seen: Seen, real: int) -> Iterator[tuple[NDArray[np.int64], Encoded]]:
+        """(rows, what the encoder makes of them) of rows of which the first `real` are asked for: all at once; where
+        bytes are deleted, in PARTS of rows that keep about as many, each in as few slots as it needs."""
+        if self.deletion != "hard" or seen.keep is None or real < 2 * PARTS:
+            yield np.arange(len(seen.source)), self.finish_rows(seen)
+            return
+        kept = np.array(seen.keep.sum(axis=1))
+        kept[real:] = -1  # rows that fill up come last
+        for part in np.split(np.argsort(-kept, kind="stable"), PARTS):
+            if part[0] < real:
+                yield part, self.finish_rows(jax.tree.map(lambda x, part=part: x[part], seen))
 
     def logprobs_batch(self, prefixes: Sequence[Text], *, inputs: Sequence[Text] | None = None) -> NDArray[np.float64]:
         sources = self._sources(inputs, len(prefixes))
