@@ -9,8 +9,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from bytelm.following import Follower
-from bytelm.generate import bucket, pad_rows, prefill
-from bytelm.models.build import Params
+from bytelm.generate import Decoder, bucket, pad_rows
 from bytelm.protocol import log_softmax
 from bytelm.vocab import END, ByteIds
 
@@ -25,14 +24,13 @@ class CachedSteps(Follower):
 
     def __init__(
         self,
-        graph: nnx.GraphDef,
-        params: Params,
+        decoder: Decoder,
         ids: ByteIds,
         texts: Sequence[bytes],
         inputs_of: Callable[[bytes], NDArray[np.int32]],
         window: int,
     ):
-        self._graph, self._params, self._ids, self._inputs_of, self._window = graph, params, ids, inputs_of, window
+        self._decoder, self._ids, self._inputs_of, self._window = decoder, ids, inputs_of, window
         self._symbols, self._possible = ids.symbol_ids(), ids.possible()
         self._texts, self._ended = list(texts), [False] * len(texts)
         self._read()
@@ -47,7 +45,7 @@ class CachedSteps(Follower):
         width = min(bucket(self._longest, 32), self._window)
         self._room = min(bucket(2 * self._longest, 64), self._window)
         inputs, lengths = pad_rows(rows, bucket(len(rows)), width)
-        self._logits, self._cache = prefill(self._graph, self._params, inputs, lengths, self._room)
+        self._logits, self._cache = self._decoder.prefill(inputs, lengths, self._room)
 
     def logprobs(self) -> NDArray[np.float64]:
         logits = np.asarray(self._logits)[: len(self._texts)][:, self._symbols]
@@ -68,5 +66,5 @@ class CachedSteps(Follower):
             return
         row = np.zeros(len(self._logits), np.int32)
         row[: len(symbols)] = self._symbols[list(symbols)]
-        self._logits, self._cache = _step(self._graph, self._params, row, self._cache)
+        self._logits, self._cache = _step(*self._decoder.steps, row, self._cache)
         self._longest += 1

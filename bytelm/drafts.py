@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from bytelm.config import ConfigError
 from bytelm.copying import LENGTHS, Counts, copied, next_length
 from bytelm.following import emit
-from bytelm.generate import Sampling, bucket, draw, pad_rows, prefill, visible_inputs
-from bytelm.models.build import Params
+from bytelm.generate import Decoder, Sampling, bucket, draw, pad_rows, visible_inputs
 from bytelm.models.hnet import HNet
 from bytelm.vocab import END, ByteIds
 
@@ -102,8 +101,7 @@ class Drafting:
 
     def __init__(
         self,
-        graph: nnx.GraphDef,
-        params: Params,
+        decoder: Decoder,
         ids: ByteIds,
         prompts: list[bytes],
         *,
@@ -118,9 +116,9 @@ class Drafting:
     ):
         """`sources`: inputs, of which `encoded` is what the encoder made, in bucket(len(prompts)) rows."""
         self.sources, self.encoded = sources or [b""] * len(prompts), encoded
-        self.graph, self.params, self.ids, self.window, self.draft = graph, params, ids, window, draft
+        self.decoder, self.ids, self.window, self.draft = decoder, ids, window, draft
         self.texts, self.made, self.max_bytes, self.counts = list(prompts), [0] * len(prompts), max_bytes, counts
-        ahead = nnx.merge(graph, params).config.ahead.bytes if draft == "heads" else 0
+        ahead = nnx.merge(*decoder.steps).config.ahead.bytes if draft == "heads" else 0
         self.sizes = (1 + ahead,) * 2 if ahead else LENGTHS
         self.count = self.sizes[0]
         rows, base = bucket(len(prompts)), jax.random.key(seed)
@@ -139,7 +137,7 @@ class Drafting:
         left = self.max_bytes - min(self.made)
         self.room = min(self.window, bucket(width + left + self.sizes[-1], 64))
         inputs, self.lengths = pad_rows(rows, len(self.keys), min(bucket(width, 32), self.window))
-        logits, self.cache = prefill(self.graph, self.params, inputs, self.lengths, self.room, self.encoded)
+        logits, self.cache = self.decoder.prefill(inputs, self.lengths, self.room, self.encoded)
         self.ahead: NDArray | None = None  # what the heads guess behind the next symbol
         self.pending = np.asarray(_first(self.alphabet, logits, self.keys, self._drawn(), self.sampling))
 
@@ -154,7 +152,7 @@ class Drafting:
             none = np.zeros((len(self.texts), 0), np.int32)
             return list(none if self.ahead is None else self.ahead[: len(self.texts), :count])
         guesses = np.asarray(
-            _own(self.graph, self.params, self.alphabet, self.cache, self.keys, self._drawn(), self.pending,
+            _own(*self.decoder.steps, self.alphabet, self.cache, self.keys, self._drawn(), self.pending,
                  self.sampling, count)
         )  # fmt: skip
         return [row[: np.argmax(np.append(row, END) == END)] for row in guesses[: len(self.texts)]]
@@ -178,7 +176,7 @@ class Drafting:
                 drafts[i, 1 : 1 + len(guess)] = list(guess)
                 read[i] = 1 + len(guess)
         kept, behind, self.cache, ahead = _verify(
-            self.graph, self.params, self.alphabet, self.cache, self.keys, self._drawn(), drafts, read, self.sampling,
+            *self.decoder.steps, self.alphabet, self.cache, self.keys, self._drawn(), drafts, read, self.sampling,
             self.draft == "heads",
         )  # fmt: skip
         kept, self.ahead = np.asarray(kept), None if ahead is None else np.asarray(ahead)

@@ -7,7 +7,7 @@ its prompt, the seed and its index only.
 import dataclasses
 import math
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from bytelm.config import ConfigError
 from bytelm.models.build import Params
 from bytelm.models.hnet_stage import Stage
+from bytelm.nn.stack import divide_stacks, divided
 from bytelm.vocab import END, ByteIds
 from bytelm.windows import visible_from
 
@@ -64,10 +65,43 @@ def draw(
 
 
 @partial(jax.jit, static_argnames=("graph", "max_length"))
-def prefill(graph, params, inputs, lengths, max_length, encoded=None):
-    """Logits behind right-padded rows and a cache with room for `max_length` inputs."""
+def _prefill(graph, params, inputs, lengths, max_length, encoded):
     more = () if encoded is None else (encoded,)
-    return nnx.merge(graph, params).prefill(inputs, lengths, max_length, *more)
+    logits, cache = nnx.merge(graph, params).prefill(inputs, lengths, max_length, *more)
+    return logits, divided(cache)
+
+
+class Decoder:
+    """A network that goes on with texts. Its weights are held twice once it does: stacked, for whole texts, and layer
+    by layer, for steps (`Stack.divide`)."""
+
+    def __init__(self, graph: nnx.GraphDef, params: Params):
+        self._graph, self._params = graph, params
+
+    @cached_property
+    def steps(self) -> tuple[nnx.GraphDef, Params]:
+        """Graph and parameters of the network in the form that takes steps."""
+        graphs = []
+
+        def divide(params):
+            network = nnx.merge(self._graph, params)
+            divide_stacks(network)
+            graph, state = nnx.split(network, nnx.Param)
+            graphs.append(graph)
+            return nnx.to_pure_dict(state)
+
+        params = jax.jit(divide)(self._params)
+        return graphs[0], params
+
+    def prefill(
+        self,
+        inputs: Array | NDArray[np.int32],
+        lengths: Array | NDArray[np.int32],
+        max_length: int,
+        encoded: Any = None,
+    ) -> tuple[Float[Array, "b v"], Any]:
+        """Logits behind right-padded rows [b, t] and a cache for steps with room for `max_length` inputs."""
+        return _prefill(self._graph, self._params, inputs, lengths, max_length, encoded)
 
 
 @partial(jax.jit, static_argnames=("graph", "steps"), donate_argnames="cache")
@@ -157,8 +191,7 @@ def pad_rows(rows: list[NDArray[np.int32]], count: int, width: int) -> tuple[NDA
 
 
 def generate_bytes(
-    graph: nnx.GraphDef,
-    params: Params,
+    decoder: Decoder,
     ids: ByteIds,
     prompts: list[bytes],
     *,
@@ -187,6 +220,7 @@ def generate_bytes(
     values = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
     alphabet = (jnp.asarray(ids.symbol_ids()), jnp.asarray(ids.possible()))
     decode = _decode
+    graph, params = decoder.steps
     if wait and count > 1 and isinstance(getattr(nnx.merge(graph, params), "backbone", None), Stage):
         decode = partial(_decode_waiting, quorum=max(math.ceil(wait * count), 1))
     drawn_bytes = 0
@@ -197,7 +231,7 @@ def generate_bytes(
         room = min(window, bucket(width + max_bytes - drawn_bytes, 64))
         inputs, lengths = pad_rows(rows, count, min(bucket(width, 32), window))
         longest = max(lengths[i] for i in live)
-        logits, cache = prefill(graph, params, inputs, lengths, room, encoded)
+        logits, cache = decoder.prefill(inputs, lengths, room, encoded)
         # After `room` inputs one more byte can be drawn, but not read back: then begin anew from what is visible.
         while live and longest <= room:
             steps = block if room - longest >= block else 1

@@ -47,7 +47,7 @@ from bytelm.config import (
 from bytelm.copying import Counts
 from bytelm.data.words import WordRule
 from bytelm.drafts import Draft, Drafting, check_draft, drafted_bytes
-from bytelm.generate import bucket, generate_bytes, pad_rows, visible_inputs
+from bytelm.generate import Decoder, bucket, generate_bytes, pad_rows, visible_inputs
 from bytelm.interop import token_lm
 from bytelm.interop.gguf_file import open_gguf
 from bytelm.interop.published import NO_MODEL, is_model, open_model, open_tensors, read_record, weights_file
@@ -114,6 +114,7 @@ class NetworkLM(ByteLM):
         self.window = min(DEFAULT_WINDOW, context, longest_row(config, context))
         self.graph, abstract = structure(config)
         check_draft(draft, nnx.merge(self.graph, abstract))
+        self.decoder = Decoder(self.graph, params)
         if wait and draft != "none":
             raise ConfigError(f"wait={wait} with draft={draft!r}: choose one")
         self.draft: Draft = draft
@@ -222,12 +223,12 @@ class NetworkLM(ByteLM):
         if self.draft != "none":
             texts = [self._clean(p) for p in prompts]
             make = partial(
-                Drafting, self.graph, self.params, self.ids, texts, window=self.window, max_bytes=max_bytes,
+                Drafting, self.decoder, self.ids, texts, window=self.window, max_bytes=max_bytes,
                 sampling=sampling, seed=seed, draft=self.draft, counts=self.counts,
             )  # fmt: skip
             return drafted_bytes(make, len(prompts), max_bytes, stop, block)
         return generate_bytes(
-            self.graph, self.params, self.ids, [self._clean(p) for p in prompts], window=self.window,
+            self.decoder, self.ids, [self._clean(p) for p in prompts], window=self.window,
             max_bytes=max_bytes, sampling=sampling, seed=seed, stop=stop, block=block, wait=self.wait,
         )  # fmt: skip
 
@@ -244,7 +245,7 @@ class NetworkLM(ByteLM):
         return self._steps([text[max(first - 1, 0) :]], inputs_of)
 
     def _steps(self, texts: list[bytes], inputs_of: Callable[[bytes], NDArray[np.int32]]) -> CachedSteps:
-        return CachedSteps(self.graph, self.params, self.ids, texts, inputs_of, self.window)
+        return CachedSteps(self.decoder, self.ids, texts, inputs_of, self.window)
 
     def boundaries(self, text: Text) -> list[Boundaries]:
         def levels_of(row: NDArray[np.int32]):

@@ -14,7 +14,7 @@ from bytelm.boundaries import Boundaries
 from bytelm.config import ConfigError, T5Config
 from bytelm.copying import LENGTHS, Counts
 from bytelm.drafts import Draft, Drafting, check_draft, drafted_bytes
-from bytelm.generate import Sampling, bucket, generate_bytes, pad_rows
+from bytelm.generate import Decoder, Sampling, bucket, generate_bytes, pad_rows
 from bytelm.models.build import Params, structure
 from bytelm.models.deletion import PAD, slot_sizes
 from bytelm.models.t5 import Encoded, Seen
@@ -80,6 +80,7 @@ class Seq2SeqLM(ByteLM):
         self.threshold = np.float32(config.deletion.threshold if threshold is None else threshold)
         self.graph, abstract = structure(config)
         check_draft(draft, nnx.merge(self.graph, abstract))
+        self.decoder = Decoder(self.graph, params)
         self.draft, self.counts = draft, Counts()
         self._symbols, self.batch_bytes = self.ids.symbol_ids(), batch_bytes
 
@@ -185,13 +186,13 @@ class Seq2SeqLM(ByteLM):
         if self.draft != "none":
             window = max(map(len, prompts)) + max_bytes + LENGTHS[-1] + 2
             make = partial(
-                Drafting, self.graph, self.params, self.ids, prompts, window=window, max_bytes=max_bytes,
+                Drafting, self.decoder, self.ids, prompts, window=window, max_bytes=max_bytes,
                 sampling=sampling, seed=seed, draft=self.draft, counts=self.counts, sources=inputs,
                 encoded=self.encode_rows(padded),
             )  # fmt: skip
             return drafted_bytes(make, len(prompts), max_bytes, stop, block)
         return generate_bytes(
-            self.graph, self.params, self.ids, prompts, window=max(map(len, prompts)) + max_bytes + 2,
+            self.decoder, self.ids, prompts, window=max(map(len, prompts)) + max_bytes + 2,
             max_bytes=max_bytes, sampling=sampling, seed=seed, stop=stop, block=block,
             encoded=self.encode_rows(padded),
         )  # fmt: skip

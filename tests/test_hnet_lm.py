@@ -90,12 +90,13 @@ def test_waiting_runs_the_inner_network_less_often():
             network = nnx.merge(nnx.split(jax.eval_shape(lambda: HNet(CONFIG, rngs=nnx.Rngs(params=0))))[0], PARAMS)
             graph = nnx.split(network)[0]
             ids = jnp.asarray(np.random.default_rng(0).integers(97, 105, (8, 4)), jnp.int32)
-            logits, cache = generate.prefill(graph, PARAMS, ids, jnp.full(8, 4), WINDOW)
+            decoder = generate.Decoder(graph, PARAMS)
+            logits, cache = decoder.prefill(ids, jnp.full(8, 4), WINDOW)
             alphabet = (jnp.arange(257) % 256, jnp.ones(257, bool))
             keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(8))
             sampling = (jnp.float32(1), jnp.int32(0), jnp.float32(1))
             out = generate._decode_waiting(
-                graph, PARAMS, alphabet, cache, logits, keys, jnp.int32(0), sampling, 24, quorum
+                *decoder.steps, alphabet, cache, logits, keys, jnp.int32(0), sampling, 24, quorum
             )
             jax.block_until_ready(out[0])
             jax.effects_barrier()

@@ -31,7 +31,7 @@ ARROWS = {
     "byteview": {"models", "nn", "generate", "protocol", "following"}, "following": {"generate"},
     "checkpoint": {"parallel.hosts"},
     "evals": {"lm", "data", "generate", "metrics", "protocol", "seq2seq_lm", "byteview", "checkpoint"},
-    "generate": {"models"},
+    "generate": {"models", "nn.stack"},
     "protocol": {"generate", "following"},
     "cached_steps": {"following", "generate", "models", "protocol"},
     "coding": {"following", "protocol"},

@@ -32,6 +32,19 @@ def attend(
     return jnp.moveaxis(y.reshape(b, shared, t, g, width), 1, 3).reshape(b, t, h, width)
 
 
+def attend_cached(q: Float[Array, "b q h k"], cache: AttentionCache, mask: Bool[Array, "#b q s"]) -> Array:
+    """`attend` to a cache."""
+    b, t, h, width = q.shape
+    g, s = cache.k.shape[1:3]
+    kind, shared = wide(q.dtype), h // g
+    q = jnp.swapaxes(q, 1, 2).reshape(b, g, shared * t, width)
+    scores = jnp.einsum("bgqk,bgsk->bgqs", q, cache.k, preferred_element_type=kind).reshape(b, g, shared, t, s)
+    scores = jnp.where(mask[:, None, None], scores * width**-0.5, jnp.finfo(kind).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(cache.v.dtype)
+    y = jnp.einsum("bgqs,bgsk->bgqk", weights.reshape(b, g, shared * t, s), cache.v)
+    return jnp.swapaxes(y.reshape(b, h, t, width), 1, 2)
+
+
 def causal_mask(t: int, window: int, segments: Int[Array, "b t"] | None) -> Bool[Array, "#b t t"]:
     """Which keys each query may see: not later ones, at most `window` (0 = all), only its own segment."""
     behind = jnp.arange(t)[:, None] - jnp.arange(t)[None, :]
@@ -309,8 +322,8 @@ class Attention(nnx.Module):
         slots = self.slots(max_length)
         position = newest_position(lengths - 1, slots)
         index = jnp.clip(position, 0, t - 1)[..., None, None]
-        cache = AttentionCache(jnp.take_along_axis(k, index, 1), jnp.take_along_axis(v, index, 1))
-        return self._attend(q, k, v, None), cache
+        kept = (jnp.swapaxes(jnp.take_along_axis(x, index, 1), 1, 2) for x in (k, v))
+        return self._attend(q, k, v, None), AttentionCache(*kept)
 
     def step(
         self,
@@ -322,19 +335,18 @@ class Attention(nnx.Module):
         """One position per row: row i's new position is lengths[i], and the cache holds those before it. Rows that are
         not `active` keep their cache."""
         q, k, v = self._project(x[:, None], lengths[:, None])
-        rows, slots = jnp.arange(x.shape[0]), cache.k.shape[1]
+        slots = cache.k.shape[2]
         slot = lengths % slots if active is None else jnp.where(active, lengths % slots, slots)
-        cache = AttentionCache(
-            cache.k.at[rows, slot].set(k[:, 0], mode="drop"), cache.v.at[rows, slot].set(v[:, 0], mode="drop")
-        )
-        y = attend(q, cache.k, cache.v, (newest_position(lengths, slots) >= 0)[:, None])
+        new = AttentionTrail(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+        cache = _written(cache, new, slot[:, None])
+        y = attend_cached(q, cache, (newest_position(lengths, slots) >= 0)[:, None])
         return self.out(y)[:, 0], cache
 
     def extend(
         self, x: Float[Array, "b q d"], cache: AttentionCache, lengths: Int[Array, " b"]
     ) -> tuple[Float[Array, "b q d"], AttentionTrail]:
         """Several positions per row, from lengths[i] on, behind those in the cache."""
-        count, slots, window = x.shape[1], cache.k.shape[1], self.config.window
+        count, slots, window = x.shape[1], cache.k.shape[2], self.config.window
         places = lengths[:, None] + jnp.arange(count)
         q, k, v = self._project(x, places)
         before = newest_position(lengths - 1, slots)[:, None]
@@ -343,27 +355,41 @@ class Attention(nnx.Module):
             old &= before > places[:, :, None] - window
         new = jnp.broadcast_to(causal_mask(count, window, None), (len(lengths), count, count))
         mask = jnp.concatenate([old, new], axis=2)
-        y = attend(q, jnp.concatenate([cache.k, k], axis=1), jnp.concatenate([cache.v, v], axis=1), mask)
-        return self.out(y), AttentionTrail(k, v)
+        trail = AttentionTrail(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+        both = AttentionCache(*(jnp.concatenate(x, axis=2) for x in ((cache.k, trail.k), (cache.v, trail.v))))
+        return self.out(attend_cached(q, both, mask)), trail
 
     def keep(
         self, cache: AttentionCache, trail: AttentionTrail, lengths: Int[Array, " b"], kept: Int[Array, " b"]
     ) -> AttentionCache:
         """The cache with the first `kept` positions of a trail."""
-        slots, index = cache.k.shape[1], jnp.arange(trail.k.shape[1])
+        slots, index = cache.k.shape[2], jnp.arange(trail.k.shape[2])
         written = (index < kept[:, None]) & (index >= kept[:, None] - slots)
         slot = jnp.where(written, (lengths[:, None] + index) % slots, slots)
-        rows = jnp.arange(len(lengths))[:, None]
-        put = lambda old, new: old.at[rows, slot].set(new, mode="drop")  # noqa: E731
-        return AttentionCache(put(cache.k, trail.k), put(cache.v, trail.v))
+        return _written(cache, trail, slot)
 
     def slots(self, max_length: int) -> int:
         """Cache slots needed for rows of up to `max_length` positions: a window keeps a ring of its own size."""
         return min(max_length, self.config.window or max_length)
 
     def empty_cache(self, b: int, max_length: int) -> AttentionCache:
-        shape = (b, self.slots(max_length), self.config.kv_heads, self.config.head_width)
+        shape = (b, self.config.kv_heads, self.slots(max_length), self.config.head_width)
         return AttentionCache(jnp.zeros(shape, self.k.dtype), jnp.zeros(shape, self.v.dtype))
+
+
+def _written(cache: AttentionCache, new: AttentionTrail, slot: Int[Array, "b q"]) -> AttentionCache:
+    """A cache with new keys and values in some slots; none where the slot is past the end.
+
+    Heads count as rows: XLA turns the update of a single row into one that copies the whole cache (seen on CPU)."""
+
+    def put(old, new):
+        b, g, s, width = old.shape
+        each = jnp.repeat(slot, g, axis=0)
+        rows = old.reshape(b * g, s, width)
+        rows = rows.at[jnp.arange(b * g)[:, None], each].set(new.reshape(b * g, -1, width), mode="drop")
+        return rows.reshape(b, g, s, width)
+
+    return AttentionCache(put(cache.k, new.k), put(cache.v, new.v))
 
 
 def newest_position(last: Int[Array, " b"], slots: int) -> Int[Array, "b s"]:

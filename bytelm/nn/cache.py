@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass
 class AttentionCache:
-    """Rotated keys and values of past positions, as a ring: position p lies in slot p mod s."""
+    """Rotated keys and values of past positions, head by head, as a ring: position p lies in slot p mod s."""
 
-    k: Float[Array, "*l b s g k"]
-    v: Float[Array, "*l b s g k"]
+    k: Float[Array, "*l b g s k"]
+    v: Float[Array, "*l b g s k"]
 
 
 @jax.tree_util.register_dataclass
@@ -45,8 +45,8 @@ class StackCache:
 class AttentionTrail:
     """Rotated keys and values of positions that may be kept."""
 
-    k: Float[Array, "*l b q g k"]
-    v: Float[Array, "*l b q g k"]
+    k: Float[Array, "*l b g q k"]
+    v: Float[Array, "*l b g q k"]
 
 
 @jax.tree_util.register_dataclass

@@ -150,6 +150,9 @@ class Stack(nnx.Module):
             begin += count
 
     def _over_layers(self, body, carry, per_layer):
+        if jax.tree.leaves(per_layer)[0].shape[0] == 1:  # no loop whose ends would copy what goes through it
+            carry, out = body(carry, jax.tree.map(lambda v: v[0], per_layer))
+            return carry, jax.tree.map(lambda v: v[None], out)
         return jax.lax.scan(body, carry, per_layer, unroll=1 if self.config.scan_layers else True)
 
     def __call__(
@@ -236,6 +239,20 @@ class Stack(nnx.Module):
         }
         return StackCache(cache.lengths + kept, runs)
 
+    def divide(self) -> None:
+        """Makes each layer a run of its own, with its own copy of its weights. A loop over steps then reads them where
+        they lie, and each layer's cache; the loop over the layers of a run would copy both at every step. The cache
+        that goes with it is `divided`."""
+        layers = []
+        for name, run in list(self._runs()):
+            graph, weights = nnx.split(run)
+            for i in range(run.mixer_norm.scale.shape[0]):
+                layers.append(nnx.merge(graph, jax.tree.map(lambda w, i=i: w[i : i + 1], weights)))
+            delattr(self, name)
+        self.num_runs = len(layers)
+        for i, layer in enumerate(layers):
+            setattr(self, f"run{i}", layer)
+
     def empty_cache(self, b: int, max_length: int) -> StackCache:
         """The cache of rows that have seen nothing yet."""
         caches = {}
@@ -244,3 +261,26 @@ class Stack(nnx.Module):
             one = run.mixer.empty_cache(b, max_length)
             caches[name] = jax.tree.map(lambda v, count=count: jnp.broadcast_to(v, (count, *v.shape)), one)
         return StackCache(jnp.zeros(b, jnp.int32), caches)
+
+
+def divide_stacks(network: nnx.Module) -> None:
+    """`Stack.divide` for every stack of a network."""
+    for _, node in list(nnx.iter_graph(network)):
+        if isinstance(node, Stack):
+            node.divide()
+
+
+def divided(cache: Any) -> Any:
+    """A network's cache as its divided stacks have it: one run a layer."""
+
+    def one(node):
+        if not isinstance(node, StackCache):
+            return node
+        layers = [
+            jax.tree.map(lambda v, i=i: v[i : i + 1], run)
+            for run in node.runs.values()
+            for i in range(jax.tree.leaves(run)[0].shape[0])
+        ]
+        return StackCache(node.lengths, {f"run{i}": layer for i, layer in enumerate(layers)})
+
+    return jax.tree.map(one, cache, is_leaf=lambda node: isinstance(node, StackCache))
