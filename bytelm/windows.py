@@ -1,12 +1,13 @@
 """Which inputs a byte is predicted from when a text is longer than a model's window: scoring and going on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bytelm.vocab import ByteIds
 
+WORTH_SHARING = 16  # bytes that contexts begin with together
 DEFAULT_WINDOW = 8192
 
 
@@ -70,3 +71,18 @@ def overlapping_windows(text: bytes, ids: ByteIds, window: int) -> Iterator[tupl
     half = max(window // 2, 1)
     for begin in range(half, len(inputs) - window + half, half):
         yield inputs[begin : begin + window], begin - 1, begin - 1 + window - half
+
+
+def alike(pairs: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, list[tuple[bytes, bytes]]]]:
+    """Runs of (context, text) whose contexts have at least a half in common, and what each run has."""
+    runs: list[tuple[bytes, list[tuple[bytes, bytes]]]] = []
+    for context, text in pairs:
+        if runs:
+            shared = runs[-1][0]
+            same = next((n for n, (a, b) in enumerate(zip(shared, context)) if a != b), min(len(shared), len(context)))
+            longest = max(len(c) for c, _ in (*runs[-1][1], (context, text)))
+            if same >= max(WORTH_SHARING, longest // 2):
+                runs[-1] = (shared[:same], [*runs[-1][1], (context, text)])
+                continue
+        runs.append((context, [(context, text)]))
+    return runs

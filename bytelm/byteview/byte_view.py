@@ -21,7 +21,7 @@ from bytelm.following import score_steps
 from bytelm.generate import Sampling
 from bytelm.protocol import ByteLM, ImpossibleText, Score, Text, in_context, no_inputs
 from bytelm.vocab import END, complete_prefix, encode
-from bytelm.windows import DEFAULT_WINDOW, scoring_windows, visible_from
+from bytelm.windows import DEFAULT_WINDOW, alike, scoring_windows, visible_from
 
 BLOCK = 256  # nodes that the model reads at once
 
@@ -206,20 +206,44 @@ class TokenizedLM(ByteLM):
         *,
         inputs: Sequence[Text] | None = None,
     ) -> list[Score]:
-        """One pass of the model over the whole tree of a text (semantics all: byte by byte). A byte that cannot stand
-        where it does has -inf, and so have those behind it."""
+        """One pass of the model over the whole tree of a text (semantics all: byte by byte); what contexts in a row
+        begin with is read once. A byte that cannot stand where it does has -inf, and so have those behind it."""
         no_inputs(inputs)
         if window is not None and not 1 <= window <= self.window:
             raise ConfigError(f"window={window}: must be in 1 .. {self.window} bytes, which this model has room for")
         scores, window = [], window or min(self.window, DEFAULT_WINDOW)
-        for context, text in in_context(texts, contexts):
+        pairs = in_context(texts, contexts)
+        for context, text in pairs:
             self._check_normal(self.opening + context + text)
-            logs = np.zeros(len(text))
-            whole = context + text
-            for first, end, scored in scoring_windows(len(context), len(whole), _room(window, whole)):
-                first = _character(whole, first)
-                part = self._score(whole[first:end], scored - first)
-                logs[scored - len(context) : end - len(context)] = part
+        fits = lambda text: len(text) <= _room(window, text)  # noqa: E731
+        for shared, group in alike(pairs):
+            if len(group) > 1 and all(fits(context + text) for context, text in group) and self.semantics != "all":
+                scores += self._score_behind(shared, group)
+            else:
+                scores += [self._score_in_windows(context, text, window) for context, text in group]
+        return scores
+
+    def _score_in_windows(self, context: bytes, text: bytes, window: int) -> Score:
+        logs = np.zeros(len(text))
+        whole = context + text
+        for first, end, scored in scoring_windows(len(context), len(whole), _room(window, whole)):
+            first = _character(whole, first)
+            logs[scored - len(context) : end - len(context)] = self._score(whole[first:end], scored - first)
+        return Score(float(logs.sum()), logs)
+
+    def _score_behind(self, shared: bytes, pairs: Sequence[tuple[bytes, bytes]]) -> list[Score]:
+        """Scores of texts whose contexts begin with `shared`, which is read once; each goes on from there."""
+        try:
+            covers = self.follow([shared])
+        except ImpossibleText:
+            return [Score(-np.inf if text else 0.0, np.full(len(text), -np.inf)) for _, text in pairs]
+        scores = []
+        for context, text in pairs:
+            behind = context[len(shared) :] + text
+            (rows,) = covers.look([behind])
+            covers.keep([0])
+            rows = rows[len(behind) - len(text) :]
+            logs = _dead_from_the_first(np.array([row[byte] for row, byte in zip(rows, text)]))
             scores.append(Score(float(logs.sum()), logs))
         return scores
 

@@ -110,7 +110,10 @@ class Summary:
         add("HellaSwag", [s[0] for s in scores], 1, True)
         add("under noise", [s[1] for s in scores], 1, True)
         if any(math.isfinite(s[0]) for s in scores):
-            cells = [f"{shown(s[2], 0)} ({shown(s[3][0], 0)} to {shown(s[3][1], 0)})" for s in scores]
+            cells = [
+                f"{shown(s[2], 0)} ({shown(s[3][0], 0)} to {shown(s[3][1], 0)})" if math.isfinite(s[2]) else "-"
+                for s in scores
+            ]
             columns.append(("robustness (95 %)", cells))
         rows = [[model, *(values[n] for _, values in columns)] for n, model in enumerate(self.models)]
         if columns and columns[0][0] == "bits per byte":

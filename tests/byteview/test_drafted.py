@@ -76,3 +76,25 @@ def test_sliding_texts_and_what_is_refused(base):
     for options in (dict(semantics="all", draft="copy"), dict(draft="own")):
         with pytest.raises(ConfigError, match="draft="):
             TokenizedLM(base.model, base.vocabulary, **options)
+
+
+@pytest.mark.parametrize("semantics", ["masked", "canonical", "lastfree"])
+def test_contexts_that_begin_alike_are_read_once(base, semantics):
+    """Texts with and without something in common, impossible ones, none, and a shared part that ends inside a token."""
+    lm = TokenizedLM(base.model, base.vocabulary, semantics)
+    contexts = [PASSAGE + end for end in (b"Permi", b"Permission", b"", "Perm naïve".encode())]
+    texts = [b"ssion is", b"", b"\xff no", " café".encode()]
+    sessions, made = [], lm.model.session
+    lm.model.session = lambda *a, **k: (sessions.append(1), made(*a, **k))[1]
+    try:
+        together = lm.score_batch(texts, contexts)
+    finally:
+        del lm.model.session
+    assert len(sessions) == 1
+    for score, text, context in zip(together, texts, contexts):
+        alone = lm.score(text, context)
+        np.testing.assert_allclose(score.per_byte, alone.per_byte, atol=5e-6)
+        assert score.total == pytest.approx(alone.total, abs=2e-5)
+    assert np.isneginf(together[2].total)
+    bad = lm.score_batch([b"a", b""], [b"\xff" * 20, b"\xff" * 20 + b"b"])
+    assert np.isneginf(bad[0].total) and bad[1].total == 0
