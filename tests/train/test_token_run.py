@@ -320,7 +320,7 @@ def test_a_tokenizer_stays_with_its_weights(run, place, tmp_path):
         )
     )
     assert (tmp_path / "from" / "tokenizer.json").read_bytes() == (place / "run" / "tokenizer.json").read_bytes()
-    for option in ({"draft": "copy"}, {"wait": 0.5}, {"deletion": "hard"}, {"reserved": "replace"}):
+    for option in ({"draft": "own"}, {"wait": 0.5}, {"deletion": "hard"}, {"reserved": "replace"}):
         with pytest.raises(ConfigError, match=next(iter(option))):
             bytelm.load(result.run_dir, **option)
 
