@@ -124,7 +124,7 @@ class Stack(nnx.Module):
         the stack gives its residual stream."""
         self.config = config
         scale = out_scale or 1 / math.sqrt(residual_additions(config.layout))
-        self.num_runs = len(parse_layout(config.layout))
+        self.num_runs, self.divided = len(parse_layout(config.layout)), False
         for i, (kind, count) in enumerate(parse_layout(config.layout)):
             widest = config.mlp_width if kind.isupper() else config.d_model
             out_std = (std or 1 / math.sqrt(widest)) * scale
@@ -150,7 +150,7 @@ class Stack(nnx.Module):
             begin += count
 
     def _over_layers(self, body, carry, per_layer):
-        if jax.tree.leaves(per_layer)[0].shape[0] == 1:  # no loop whose ends would copy what goes through it
+        if self.divided:  # no loop whose ends would copy what goes through it
             carry, out = body(carry, jax.tree.map(lambda v: v[0], per_layer))
             return carry, jax.tree.map(lambda v: v[None], out)
         return jax.lax.scan(body, carry, per_layer, unroll=1 if self.config.scan_layers else True)
@@ -249,7 +249,7 @@ class Stack(nnx.Module):
             for i in range(run.mixer_norm.scale.shape[0]):
                 layers.append(nnx.merge(graph, jax.tree.map(lambda w, i=i: w[i : i + 1], weights)))
             delattr(self, name)
-        self.num_runs = len(layers)
+        self.num_runs, self.divided = len(layers), True
         for i, layer in enumerate(layers):
             setattr(self, f"run{i}", layer)
 
