@@ -24,6 +24,7 @@ from bytelm.vocab import END, complete_prefix, encode
 from bytelm.windows import DEFAULT_WINDOW, alike, scoring_windows, visible_from
 
 BLOCK = 256  # nodes that the model reads at once
+KEPT_ROWS = 1 << 30  # bytes of what the model says of nodes, when texts are scored behind what their contexts share
 
 
 class TokenizedLM(ByteLM):
@@ -105,7 +106,7 @@ class TokenizedLM(ByteLM):
         """This model behind tokens that are taken as they are, whatever the tokenizer would make of them with what
         follows; every way to go on counts then (semantics all)."""
         out = copy.copy(self)
-        out.semantics = "all"
+        out.semantics, out.draft = "all", "none"  # nothing is guessed under it
         out._stand_behind(trunk, opening, Grammar(self.vocabulary))
         return out
 
@@ -215,7 +216,8 @@ class TokenizedLM(ByteLM):
         pairs = in_context(texts, contexts)
         for context, text in pairs:
             self._check_normal(self.opening + context + text)
-        fits = lambda text: len(text) <= _room(window, text)  # noqa: E731
+        most = KEPT_ROWS // (8 * len(self.vocabulary.tokens))  # what is read once is kept, about a row for each byte
+        fits = lambda text: len(text) <= min(_room(window, text), most)  # noqa: E731
         for shared, group in alike(pairs):
             if len(group) > 1 and all(fits(context + text) for context, text in group) and self.semantics != "all":
                 scores += self._score_behind(shared, group)

@@ -73,6 +73,8 @@ def test_sliding_texts_and_what_is_refused(base):
     assert isinstance(lm.counts, Counts)
     long = (PASSAGE * 40)[: lm.window - 20]
     assert lm.generate(long, 50, temperature=0.0) == plain.generate(long, 50, temperature=0.0)
+    fixed = lm.fixed(lm.trunk, b"")  # every way to go on: nothing is guessed
+    assert fixed.draft == "none" and len(fixed.generate(PASSAGE * 2, 5, temperature=0.0)) <= 5
     for options in (dict(semantics="all", draft="copy"), dict(draft="own")):
         with pytest.raises(ConfigError, match="draft="):
             TokenizedLM(base.model, base.vocabulary, **options)
@@ -91,6 +93,11 @@ def test_contexts_that_begin_alike_are_read_once(base, semantics):
     finally:
         del lm.model.session
     assert len(sessions) == 1
+    with pytest.MonkeyPatch.context() as patch:  # too much to keep: each by itself, to the same scores
+        patch.setattr("bytelm.byteview.byte_view.KEPT_ROWS", 8 * len(lm.vocabulary.tokens) * 10)
+        apart = lm.score_batch(texts, contexts)
+    for score, other in zip(together, apart):
+        np.testing.assert_allclose(score.per_byte, other.per_byte, atol=5e-6)
     for score, text, context in zip(together, texts, contexts):
         alone = lm.score(text, context)
         np.testing.assert_allclose(score.per_byte, alone.per_byte, atol=5e-6)
