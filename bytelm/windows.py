@@ -76,13 +76,15 @@ def overlapping_windows(text: bytes, ids: ByteIds, window: int) -> Iterator[tupl
 def alike(pairs: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, list[tuple[bytes, bytes]]]]:
     """Runs of (context, text) whose contexts have at least a half in common, and what each run has."""
     runs: list[tuple[bytes, list[tuple[bytes, bytes]]]] = []
+    longest = 0  # context of the last run
     for context, text in pairs:
         if runs:
-            shared = runs[-1][0]
+            shared, run = runs[-1]
             same = next((n for n, (a, b) in enumerate(zip(shared, context)) if a != b), min(len(shared), len(context)))
-            longest = max(len(c) for c, _ in (*runs[-1][1], (context, text)))
-            if same >= max(WORTH_SHARING, longest // 2):
-                runs[-1] = (shared[:same], [*runs[-1][1], (context, text)])
+            if same >= max(WORTH_SHARING, max(longest, len(context)) // 2):
+                run.append((context, text))
+                runs[-1], longest = (shared[:same], run), max(longest, len(context))
                 continue
         runs.append((context, [(context, text)]))
+        longest = len(context)
     return runs

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bytelm.vocab import FLAT_IDS
-from bytelm.windows import document_windows, scoring_windows, visible_from
+from bytelm.windows import WORTH_SHARING, alike, document_windows, scoring_windows, visible_from
 
 
 @given(st.integers(0, 60), st.integers(0, 200), st.integers(1, 40))
@@ -50,3 +50,19 @@ def test_document_windows_start_with_the_start_symbol():
     assert rows[1][0].tolist() == [99, 100, 101]
     assert rows[2][0].tolist() == [100, 101, 102] and rows[2][1].tolist() == [101, 102, 103] and rows[2][2] == 2
     assert np.concatenate([y[s:] for _, y, s in rows]).astype(np.uint8).tobytes() == b"abcdefg"
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 60), st.binary(max_size=3)), max_size=8))
+def test_contexts_in_a_row_that_begin_alike(parts):
+    """Every pair once and in order; what a run shares is what its contexts have in common, a half of each or more."""
+    stems = [b"x" * 40, b"x" * 30 + b"y" * 30, b"z" * 50]
+    pairs = [(stems[i][:n], text) for i, n, text in parts]
+    runs = alike(pairs)
+    assert [pair for _, run in runs for pair in run] == pairs
+    for shared, run in runs:
+        assert all(context.startswith(shared) for context, _ in run)
+        if len(run) > 1:
+            assert len(shared) >= max(WORTH_SHARING, *(len(context) // 2 for context, _ in run))
+            assert len({context[len(shared) : len(shared) + 1] for context, _ in run}) > 1 or shared in dict(run)
+    same = [(b"one context for all of them", bytes([n])) for n in range(3)]
+    assert alike(same) == [(same[0][0], same)] and alike([]) == []
