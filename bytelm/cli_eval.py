@@ -13,7 +13,12 @@ import bytelm
 from bytelm import codec
 from bytelm.config import ConfigError, DataConfig, HATConfig
 
-EXIT_OK = 0
+EXIT_OK, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 0, 1, 75
+# Options of suites alone, and such as only one figure of one model has.
+FOR_SUITES = ("full", "passages", "items", "written", "cute", "hellaswag", "misspellings", "words", "parallel",
+              "tokenizer", "morphemes", "seed")  # fmt: skip
+FACTS = "facts.json"  # in the results' folder: what the last run measured, on what
+FOR_ONE = ("window", "max_bytes", "task")
 COMPARE_LIMIT = 256 << 20  # bytes of training text that --compare is willing to compress
 
 
@@ -29,7 +34,7 @@ class EvalOptions:
     full: bool = False  # all of every suite, not a sample
     passages: int = 0  # of the noise suite; 0: 64, with --full 1,024
     items: int = 0  # of each task of questions; 0: 50, with --full 1,000
-    report: bool = False  # run nothing: a report of the results in --out (of several machines: their lines joined)
+    report: bool = False  # run nothing: a report of what results.jsonl in --out holds (of the models named, or all)
     written: bool = False  # answers are written out too, not only compared by likelihood
     cute: Path | None = None  # folder with CUTE's TSV files
     hellaswag: Path | None = None  # HellaSwag's validation set, as JSONL
@@ -57,11 +62,11 @@ class EvalOptions:
 
 def evaluate_command(args: list[str]) -> int:
     options = tyro.cli(EvalOptions, args=args, prog="bytelm eval")
-    if not options.model:
+    if not options.model and not options.report:
         raise ConfigError("bytelm eval: name a model (a run, a checkpoint, a weights directory)")
     for name in ("window", "max_bytes", "passages", "items"):
         if getattr(options, name) < 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must not be negative")
+            raise ConfigError(f"{_option(name)} must not be negative")
     from bytelm.evals.suites import SUITES
 
     names = [name for name in options.suite.split(",") if name]
@@ -73,8 +78,17 @@ def evaluate_command(args: list[str]) -> int:
             raise ConfigError("--report needs the folder of the results: --out DIR")
         if len(options.model) > 1 or names not in ([], ["bpb"]):
             raise ConfigError("suites, and several models, need a folder for their results: --out DIR")
+        for field in FOR_SUITES:
+            if getattr(options, field):
+                raise ConfigError(f"{_option(field)} is for suites, which need a folder for their results: --out DIR")
         return _print_bits(options, options.model[0])
+    if options.report:
+        return _report(options, names, options.out)
     return _run_suites(options, names, options.out)
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def _print_bits(options: EvalOptions, path: Path) -> int:
@@ -257,17 +271,20 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
     """Suites over models, with a report."""
     from rich.console import Console
 
+    from bytelm.byteview.tokenizer_files import run_tokenizer
     from bytelm.data.pipeline import load_text
     from bytelm.data.sources import open_corpus
     from bytelm.evals import suites
-    from bytelm.evals.report import write_report
     from bytelm.evals.results import Results
-    from bytelm.evals.runner import facts, headline, run_units
-    from bytelm.evals.summary import Summary
+    from bytelm.evals.runner import facts, run_units
 
-    for option, given in (("--window", options.window), ("--max-bytes", options.max_bytes), ("--task", options.task)):
-        if given:
-            raise ConfigError(f"{option} is for one figure of one model; suites (--out) have sizes of their own")
+    for field in FOR_ONE:
+        if getattr(options, field):
+            raise ConfigError(
+                f"{_option(field)} is for one figure of one model; suites (--out) have sizes of their own"
+            )
+    if len({path.resolve() for path in options.model}) < len(options.model):
+        raise ConfigError("a model is named twice")
     given = (options.cute, options.hellaswag, options.misspellings, options.words, options.parallel, options.tokenizer)
     for path in (*options.model, *(path for path in given if path is not None), *options.morphemes):
         if not path.exists():
@@ -293,7 +310,7 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
     console = Console(highlight=False, stderr=options.json)
     left_out = lambda why: console.print(f"left out: {why}", markup=False)  # noqa: E731
     wanted = names or [s for s in suites.SUITES if s not in suites.NEEDS or getattr(options, suites.NEEDS[s])]
-    units = suites.units(wanted, material, options.written, None if names else left_out)
+    units = [suites.SIZE, *suites.units(wanted, material, options.written, None if names else left_out)]
     results = Results(out)
     lines: dict[str, float] = {}
     if options.compare:
@@ -302,27 +319,65 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
             c.name: c.bpb for c in _compressed(sources, b"".join(material.documents("bpb", material.sizes.bpb_bytes)))
         }
 
-    how = {
-        "checkpoint": options.checkpoint, "reserved": options.reserved, "config": options.config,
-        "deletion": options.deletion, "semantics": options.semantics,
-    }  # fmt: skip
-    found = run_units(
-        options.model, lambda path: bytelm.load(path, **how), how, units, results, console, options.report
-    )
+    def load(path: Path) -> Any:
+        reserved = None if run_tokenizer(path) else options.reserved  # tokens take every byte
+        return bytelm.load(path, checkpoint=options.checkpoint, reserved=reserved, config=options.config,
+                           deletion=options.deletion, semantics=options.semantics)  # fmt: skip
+
+    decides = {"checkpoint": options.checkpoint, "reserved": options.reserved, "deletion": options.deletion,
+               "semantics": options.semantics, "config": suites.file_content(options.config)}  # fmt: skip
+    try:
+        found, failed = run_units(options.model, load, decides, units, results, console)
+    except KeyboardInterrupt:
+        console.print(f"stopped; what is done stands in {results.path}: the same command goes on", markup=False)
+        return EXIT_INTERRUPTED
     if not found:
-        raise ConfigError(f"--report: {results.path} has no results of these models, suites and text")
-    summary = Summary(found, lines)
+        raise ConfigError("; ".join(failed))
     about = facts(options.model, name, wanted, material)
+    (out / FACTS).write_text(json.dumps({"facts": about, "lines": lines}), encoding="utf-8")
+    _show(options, found, lines, about, out, console)
+    left = [f"{s} (--{field})" for s, field in suites.NEEDS.items() if s not in wanted]
+    if left and not names and not options.json:
+        console.print(f"left out, for want of their files: {', '.join(left)}", markup=False)
+    if failed:
+        console.print("not done (the same command tries again):", *failed, sep="\n  ", markup=False)
+    return EXIT_CHECK_FAILED if failed else EXIT_OK
+
+
+def _report(options: EvalOptions, names: list[str], out: Path) -> int:
+    """A report of the results in a folder; nothing is run, no model or text is needed."""
+    from rich.console import Console
+
+    from bytelm.evals.results import Results
+    from bytelm.evals.runner import names_of
+
+    if not (out / "results.jsonl").exists():
+        raise ConfigError(f"--report: {out} holds no results.jsonl")
+    wanted = ["model", *names, *(f"{name}-written" for name in names)]
+    found = Results(out).latest(names_of(options.model))
+    found = [result for result in found if not names or result.suite in wanted]
+    if not found:
+        raise ConfigError(f"--report: {out / 'results.jsonl'} has no results of these models and suites")
+    kept = json.loads((out / FACTS).read_text(encoding="utf-8")) if (out / FACTS).exists() else {}
+    _show(options, found, kept.get("lines", {}), kept.get("facts", {}), out, Console(highlight=False))
+    return EXIT_OK
+
+
+def _show(
+    options: EvalOptions, found: list, lines: dict[str, float], about: dict[str, str], out: Path, console: Any
+) -> None:
+    """Writes the report and prints its headline, or every figure as JSON."""
+    from bytelm.evals.report import write_report
+    from bytelm.evals.runner import headline
+    from bytelm.evals.summary import Summary
+
+    summary = Summary(found, lines)
     report = write_report(summary, out, "Evaluation of byte language models", about)
     if options.json:
         print(json.dumps(summary.record()))
-        return EXIT_OK
+        return
     console.print(headline(summary))
-    left = [f"{s} (--{field})" for s, field in suites.NEEDS.items() if s not in wanted]
-    if left and not names:
-        console.print(f"left out, for want of their files: {', '.join(left)}", markup=False)
-    console.print(f"{report}   {results.path}", markup=False)
-    return EXIT_OK
+    console.print(f"{report}   {out / 'results.jsonl'}", markup=False)
 
 
 def _draw(run: Path, lines: dict[str, float]) -> None:

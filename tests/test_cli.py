@@ -88,17 +88,17 @@ def test_train_takes_a_run_folder(trained, capsys):
 def test_eval_suites_are_gone_on_with_and_reported(trained, tmp_path, capsys):
     args = ["eval", str(trained), "--suite", "bpb,noise,words", "--out", str(tmp_path / "out"), "--compare"]
     assert cli([*args, "--suite", "bpb"]) == 0
-    assert "1 tasks done" in capsys.readouterr().out
+    assert "2 tasks done" in capsys.readouterr().out
     assert cli([*args, "--json"]) == 0
     said, told = capsys.readouterr()
-    assert "11 tasks done" in told and "1 known" in told
+    assert "11 tasks done" in told and "2 known" in told
     record = json.loads(said)
     assert record["run"]["bpb"]["text"]["bpb"] > 0 and record["compressors"]["bpb"]["text"]["xz"] > 0
     assert {"without", "clean", "drop"} <= set(record["run"]["noise"]) and "recovered" in record["run"]["noise"]["drop"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/png") == 2 and "typo_keyboard" in page and "http" not in page.replace("http-", "")
     records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert len(records) == len({r["key"] for r in records}) == 12
+    assert len(records) == len({r["key"] for r in records}) == 13
     assert cli(args) == 0
     assert "0 tasks done" in capsys.readouterr().out
 

@@ -141,13 +141,19 @@ def chunk_unit(entrant: Entrant, documents: Iterable[bytes], seed: int) -> tuple
         figures, lengths = level_figures(texts, [starts[level] for starts in found])
         slices = [text[i : i + 400] for text in texts for i in range(0, len(text) - 99, 400)]
         slices = slices[:: max(len(slices) // 16, 1)][:16]  # from all over the text, one long document or many
+        slices = [whole_characters(text) for text in slices]
         figures["stability"] = stability(entrant.lm, slices, level, seed)
         metrics |= {f"{name}_{level}": value for name, value in figures.items()}
         details[f"lengths_{level}"] = np.bincount(np.minimum(lengths, 32), minlength=33).tolist()
     if texts:
-        passage = texts[0][:400].decode("utf-8", "ignore").encode()
+        passage = whole_characters(texts[0][:400])
         details |= {"passage": passage.decode(), "starts": [s.tolist() for s in unit_starts(entrant.lm, passage)]}
     return metrics, details
+
+
+def whole_characters(text: bytes) -> bytes:
+    """A stretch of a text without what is left of characters at its ends (and without bytes that are none)."""
+    return text.decode("utf-8", "ignore").encode()
 
 
 def level_figures(texts: Sequence[bytes], starts: Sequence[Starts]) -> tuple[dict[str, float], NDArray[np.int64]]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -65,3 +66,19 @@ def entrants(name: str, lm: ByteLM) -> list[Entrant]:
     if isinstance(lm, Seq2SeqLM):
         return [Entrant(name, Continuing(lm), bits=False)]
     return [Entrant(name, lm)]
+
+
+def parameters(lm: ByteLM) -> int:
+    """Numbers in a model's weights; 0 for one without weights of its own."""
+    if isinstance(lm, (PlainTokens, Continuing)):
+        return parameters(lm.lm)
+    weights = lm.model.params if isinstance(lm, TokenizedLM) else getattr(lm, "params", None)
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(weights))
+
+
+def longer(lm: ByteLM, text: bytes) -> bool:
+    """Whether a model does not see all of a text at once."""
+    if not isinstance(lm, PlainTokens):
+        return len(text) > lm.window
+    context, trunk = lm.lm.model.config.context, len(lm.lm.trunk)
+    return len(text) > context - trunk and trunk + len(lm.lm.token_ids(text)) > context

@@ -14,6 +14,8 @@ from bytelm.data.corpus import Corpus
 from bytelm.vocab import complete_prefix
 
 CONTEXT, CONTINUATION = 512, 256  # bytes, before noise
+# Rules whose mean stands in the headline; the others are asked beside them where all of the suite is.
+NOISES = ("antspeak", "drop", "random_case", "repeat", "upper", "word_replace", "typo_swap", "typo_keyboard")
 
 
 def recovered(without: float, clean: float, noised: float) -> float:
@@ -50,8 +52,9 @@ def passages(corpus: Corpus, count: int, context: int = CONTEXT, text: int = CON
 
 
 def _word_end(data: bytes) -> int:
-    """Where to cut: in front of the last white space near the end, so that no token of a tokenized model is cut in two;
-    in text without, at a character."""
+    """Where to cut: in front of the last white space near the end, all of it, so that no token of a tokenized model is
+    cut in two; in text without, at a character."""
     near = max(len(data) - 48, 0)
-    found = max(data.rfind(space, near) for space in (b" ", b"\n", b"\t"))
-    return found if found > 0 else complete_prefix(data)
+    last = max(data.rfind(space, near) for space in (b" ", b"\n", b"\t"))
+    found = len(data[: last + 1].rstrip(b" \t\r\n"))
+    return found if found >= near and found > 0 else complete_prefix(data)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ def key_of(**decides: Any) -> str:
 
 
 class Results:
-    """The results in a folder. Lines that a crash cut off are left out and written anew."""
+    """The results in a folder. A last line that a crash cut off is left out, and written over. Raises ConfigError for a
+    file with other lines than ours, and leaves it as it is."""
 
     def __init__(self, folder: Path):
         self.path = folder / "results.jsonl"
@@ -40,28 +41,36 @@ class Results:
         except FileExistsError:
             raise ConfigError(f"{folder}: is a file; --out names a folder") from None
         self.found: dict[str, Result] = {}
-        whole = b""
-        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ():
+        self._whole = self._torn = 0  # bytes of whole lines; size of the file, where a line behind them is torn
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        for n, line in enumerate(lines, 1):
+            if n == len(lines) and not line.endswith(b"\n"):
+                self._torn = self._whole + len(line)
+                break
             try:
                 result = Result(**json.loads(line))
-                result = dataclasses.replace(result, metrics=_back(result.metrics))
+                self.found[result.key] = dataclasses.replace(result, metrics=_back(result.metrics))
             except (ValueError, TypeError, AttributeError):
-                continue
-            if line.endswith(b"\n"):
-                self.found[result.key] = result
-                whole += line
-        if self.path.exists() and whole != self.path.read_bytes():
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_bytes(whole)
-            temporary.replace(self.path)
+                raise ConfigError(f"{self.path}: line {n} is no result of this version of bytelm: move the file away, "
+                                  "or name another folder") from None  # fmt: skip
+            self._whole += len(line)
 
     def add(self, result: Result) -> None:
         """Adds a result and writes it now."""
         metrics = {k: v if v is None or math.isfinite(v) else None for k, v in result.metrics.items()}
         line = json.dumps({**result.__dict__, "metrics": metrics}, ensure_ascii=False) + "\n"
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        with self.path.open("ab") as file:
+            if self._torn and file.tell() == self._torn:
+                file.truncate(self._whole)
+            file.write(line.encode("utf-8", "backslashreplace"))
+        self._torn = 0
         self.found[result.key] = result
+
+    def latest(self, names: Sequence[str] = ()) -> list[Result]:
+        """The last result of each model and task, models and tasks in the order of the file; of some models, by name,
+        or of all."""
+        last = {(r.model, r.suite, r.task): r for r in self.found.values()}
+        return [r for r in last.values() if not names or r.model in names or r.model.rpartition(" (")[0] in names]
 
 
 def _back(metrics: Mapping[str, float | None]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +13,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
-from bytelm.checkpoint import find_checkpoint, list_steps
+from bytelm.checkpoint import CheckpointError, find_checkpoint, list_steps
+from bytelm.config import ConfigError
 from bytelm.evals.entrants import entrants
 from bytelm.evals.results import Result, Results, key_of
 from bytelm.evals.suites import VERSION, Material, Unit
 from bytelm.evals.summary import Summary
 from bytelm.metrics import versions
 from bytelm.protocol import ByteLM, ImpossibleText
+from bytelm.vocab import ReservedByteError
+
+FAULTS = (ConfigError, CheckpointError, OSError)  # of one model, which the others need not wait for
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -27,13 +32,18 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths)]
 
 
-def identity(path: Path, checkpoint: str, out: Path) -> list[tuple[str, int, int]]:
-    """What a model's files are: names, sizes and times of change; without those in the results' folder `out`."""
+def identity(path: Path, checkpoint: str, out: Path) -> list[tuple[str, str]]:
+    """What a model's files are: their names in its folder, and hashes of what they hold; without those in the results'
+    folder `out`. A copy on another machine is the same model."""
     if path.is_dir() and (list_steps(path / "checkpoints") or list_steps(path / "best")):
         path = find_checkpoint(path, checkpoint)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     files = [p for p in files if out.resolve() not in p.resolve().parents]
-    return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    found = []
+    for p in files:
+        with p.open("rb") as file:
+            found.append((p.relative_to(path).as_posix(), hashlib.file_digest(file, "blake2b").hexdigest()))
+    return found
 
 
 def run_units(
@@ -43,41 +53,54 @@ def run_units(
     units: Sequence[Unit],
     results: Results,
     console: Console,
-    only_known: bool = False,
-) -> list[Result]:
-    """Results of every unit that fits each model, in order, models outermost. `how` is all that decides, beside its
-    files, what `load` gives: its checkpoint among it. `only_known`: nothing is run, and what is not known left out. A
-    unit whose text no text of a model's tokenizer begins with has no figures, and its details say why."""
-    found = []
+) -> tuple[list[Result], list[str]]:
+    """Results of every unit that fits each model, in order, models outermost; and what could not be done, which the
+    same call tries again. `how` is all that decides, beside its files, what `load` gives: its checkpoint among it. A
+    unit whose text a model cannot have (no text of its tokenizer begins with it, bytes that it keeps for itself) has no
+    figures, and its details say why. A single model that cannot be loaded raises."""
+    found, failed = [], []
+
+    def fail(what: str, error: Exception) -> None:
+        failed.append(f"{what}: {error}")
+        console.print(failed[-1], markup=False)
+
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for path, name in zip(paths, names_of(paths)):
-            lm, files = load(path), identity(path, str(how["checkpoint"]), results.path.parent)
+            try:
+                lm, files = load(path), identity(path, str(how["checkpoint"]), results.path.parent)
+            except FAULTS as e:
+                if len(paths) == 1:
+                    raise
+                fail(name, e)
+                continue
             for entrant in entrants(name, lm):
                 mine = [unit for unit in units if unit.fits(entrant)]
                 task = progress.add_task(escape(entrant.name), total=len(mine))
-                began, done = time.perf_counter(), 0
+                began, known, done = time.perf_counter(), 0, 0
                 for unit in mine:
                     progress.update(task, description=escape(f"{entrant.name}: {unit.suite} {unit.task}"))
+                    progress.advance(task)
                     key = key_of(version=VERSION, model=files, view=type(entrant.lm).__name__, how=dict(how),
                                  suite=unit.suite, task=unit.task, decides=unit.decides)  # fmt: skip
-                    if key not in results.found and only_known:
-                        continue
                     if key not in results.found:
                         try:
                             metrics, details = unit.run(entrant)
-                        except ImpossibleText as e:
+                        except (ImpossibleText, ReservedByteError) as e:
                             metrics, details = {}, {"impossible": str(e)}
                             console.print(f"{entrant.name}, {unit.suite} {unit.task}: {e}", markup=False)
+                        except (*FAULTS, FloatingPointError) as e:
+                            fail(f"{entrant.name}, {unit.suite} {unit.task}", e)
+                            continue
                         results.add(Result(key, entrant.name, unit.suite, unit.task, metrics, details))
                         done += 1
+                    else:
+                        known += 1
                     found.append(dataclasses.replace(results.found[key], model=entrant.name))
-                    progress.advance(task)
                 progress.remove_task(task)
-                if mine and not only_known:
-                    console.print(f"{entrant.name}: {done} tasks done in {time.perf_counter() - began:.0f} s, "
-                                  f"{len(mine) - done} known", markup=False)  # fmt: skip
-    return found
+                console.print(f"{entrant.name}: {done} tasks done in {time.perf_counter() - began:.0f} s, "
+                              f"{known} known", markup=False)  # fmt: skip
+    return found, failed
 
 
 def headline(summary: Summary) -> RichTable:
@@ -92,7 +115,7 @@ def headline(summary: Summary) -> RichTable:
     return table
 
 
-def facts(paths: Sequence[Path], text: str, suites: Sequence[str], material: Material) -> Mapping[str, str]:
+def facts(paths: Sequence[Path], text: str, suites: Sequence[str], material: Material) -> dict[str, str]:
     """What was measured, on what, with what."""
     corpus = material.__dict__.get("opened")  # if a suite needed it
     return {

@@ -16,22 +16,22 @@ import numpy as np
 from bytelm.byteview.plain_tokens import PlainTokens
 from bytelm.config import ConfigError
 from bytelm.data.corpus import Corpus
-from bytelm.data.marks import corpus_identity
 from bytelm.data.noise import RULES, Draws, Noise, misspeller, noised
 from bytelm.evals import chunk_quality, counting, cute, langgame, noisy, traps, word_tasks
 from bytelm.evals.bpb import bits_per_byte, first_bytes
 from bytelm.evals.choices import Question, ask
-from bytelm.evals.entrants import Entrant
+from bytelm.evals.entrants import Entrant, longer, parameters
 from bytelm.evals.hellaswag import CHANCE as HELLASWAG_CHANCE
 from bytelm.evals.hellaswag import TASKS as HELLASWAG_TASKS
 from bytelm.evals.hellaswag import Item, hellaswag_questions, read_hellaswag
+from bytelm.evals.noisy import NOISES
 from bytelm.evals.variants import PAIRS, variants_unit
 from bytelm.evals.word_chain import word_unit
 from bytelm.lm import NetworkLM, load_vocabulary
 from bytelm.vocab import complete_prefix
 
-VERSION = 2  # of what the suites ask; goes up when a result would be another
-NOISES = ("antspeak", "drop", "random_case", "repeat", "upper", "word_replace", "typo_swap", "typo_keyboard")
+VERSION = 3  # of what the suites ask; goes up when a result would be another
+MISSPELT = 0.3  # share of the words that have a misspelling in the list
 Found = tuple[dict[str, float], dict[str, Any]]  # metrics, details by item
 
 
@@ -45,10 +45,12 @@ class Sizes:
     items: int = 50  # of each task of CUTE (0: all there are), CharBench and the like
     hellaswag: int = 40  # items, each under sixteen tasks; 0: all
     sentences: int = 100  # of each language; 0: all
+    noises: tuple[str, ...] = NOISES
 
     @staticmethod
     def full() -> "Sizes":
-        return Sizes(bpb_bytes=0, chunk_bytes=1 << 20, passages=1024, items=1000, hellaswag=0, sentences=0)
+        return Sizes(bpb_bytes=0, chunk_bytes=1 << 20, passages=1024, items=1000, hellaswag=0, sentences=0,
+                     noises=tuple(RULES))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +69,6 @@ class Material:
     sizes: Sizes = field(default_factory=Sizes)
 
     @cached_property
-    def text_identity(self) -> str:
-        return corpus_identity(self.need_text("bpb"))
-
-    @cached_property
     def opened(self) -> Corpus | None:
         return self.text() if callable(self.text) else self.text
 
@@ -86,8 +84,11 @@ class Material:
 
     @cached_property
     def items(self) -> list[Item]:
+        """Items of HellaSwag, from all over the file: its two sources stand one behind the other."""
         assert self.hellaswag is not None
-        return read_hellaswag(self.hellaswag)[: self.sizes.hellaswag or None]
+        found = read_hellaswag(self.hellaswag)
+        picked = Draws(self.seed, "hellaswag").shuffled(list(range(len(found))))[: self.sizes.hellaswag or None]
+        return [found[n] for n in sorted(picked)]
 
     @cached_property
     def passages(self) -> list[noisy.Passage]:
@@ -104,8 +105,8 @@ class Material:
 
     @cached_property
     def rules(self) -> dict[str, Noise]:
-        rules = {name: RULES[name] for name in NOISES}
-        return rules | ({"misspelt": misspeller(self.misspellings)} if self.misspellings else {})
+        rules = {name: RULES[name] for name in self.sizes.noises}
+        return rules | ({"misspelt": misspeller(self.misspellings, MISSPELT)} if self.misspellings else {})
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _picked(questions: list[Question], chance: float) -> Callable[[Entrant], Fou
         right = {by: choices.right(by) for by in ("gain", "sum", "bytes", "characters")}
         metrics = {"accuracy": right["gain"].mean(), **{f"accuracy_{by}": flags.mean() for by, flags in right.items()},
                    "chance": chance, "items": len(questions),
-                   "cut": np.mean([len(q.context + q.endings[0]) > entrant.lm.window for q in questions])}  # fmt: skip
+                   "cut": np.mean([longer(entrant.lm, q.context + q.endings[0]) for q in questions])}  # fmt: skip
         details = {by: "".join(map(str, flags.astype(int))) for by, flags in right.items()}
         return {name: float(value) for name, value in metrics.items()}, details
 
@@ -139,7 +140,9 @@ def _written(questions: list[Question]) -> Callable[[Entrant], Found]:
 
     def run(entrant: Entrant) -> Found:
         longest = max(len(ending) for q in questions for ending in q.endings)
-        prompts = [q.context[max(len(q.context) + longest + 8 - entrant.lm.window, 0) :] for q in questions]
+        prompts = [q.context for q in questions]
+        if not isinstance(entrant.lm, PlainTokens):  # which sees to it itself
+            prompts = [p[max(len(p) + longest + 8 - entrant.lm.window, 0) :] for p in prompts]
         written: list[bytes] = []
         for begin in range(0, len(prompts), 64):
             written += entrant.lm.generate_batch(prompts[begin : begin + 64], longest + 4, temperature=0,
@@ -151,6 +154,17 @@ def _written(questions: list[Question]) -> Callable[[Entrant], Found]:
     return run
 
 
+def _size(entrant: Entrant) -> Found:
+    """How large a model is, and how far it sees."""
+    found = {"parameters": float(parameters(entrant.lm)), "window": float(entrant.lm.window)}
+    if isinstance(entrant.lm, PlainTokens):
+        found = found | {"window_tokens": float(entrant.lm.lm.model.config.context)}
+    return found, {}
+
+
+SIZE = Unit("model", "size", {}, _size)
+
+
 def _bpb(material: Material) -> Iterator[Unit]:
     most = material.sizes.bpb_bytes
     documents = material.documents("bpb", most)
@@ -159,17 +173,17 @@ def _bpb(material: Material) -> Iterator[Unit]:
         result = bits_per_byte(
             lambda group: [-s.total for s in entrant.lm.score_batch(group)], documents, entrant.lm.window
         )
-        window = {"window": float(entrant.lm.window)}
-        if isinstance(entrant.lm, PlainTokens):  # it is read in windows of so many tokens
-            window = {"window_tokens": float(entrant.lm.lm.model.config.context)}
-        return {"bpb": result.bpb, "bytes": float(result.bytes), **window}, {}
+        return {"bpb": result.bpb, "bytes": float(result.bytes)}, {}
 
-    yield Unit("bpb", "text", {"text": material.text_identity, "most": most}, run, lambda e: e.bits)
+    yield Unit("bpb", "text", {"text": content_of(*documents)}, run, lambda e: e.bits)
 
 
 def _noise(material: Material) -> Iterator[Unit]:
     found, seed = material.passages, material.seed
-    decides = {"text": material.text_identity, "passages": len(found), "seed": seed}
+    decides = {
+        "text": content_of(*(part for p in found for part in (p.name.encode(), p.context, p.text))),
+        "seed": seed,
+    }
 
     def unit(task: str, contexts: Callable[[], list[bytes]], more: Mapping[str, Any]) -> Unit:
         def run(entrant: Entrant) -> Found:
@@ -181,8 +195,7 @@ def _noise(material: Material) -> Iterator[Unit]:
             sizes = [len(p.text) for p in found]
             bits = float(nats.sum() / sum(sizes) / math.log(2))
             kept = [round(float(n), 6) if math.isfinite(n) else None for n in nats]
-            room = entrant.lm.window if not isinstance(entrant.lm, PlainTokens) else math.inf
-            cut = float(np.mean([len(c) + len(p.text) > room for c, p in zip(before, found)]))
+            cut = float(np.mean([longer(entrant.lm, c + p.text) for c, p in zip(before, found)]))
             return {"bpb": bits, "cut": cut}, {"nats": kept, "bytes": sizes}
 
         return Unit("noise", task, {**decides, **more}, run)
@@ -190,7 +203,7 @@ def _noise(material: Material) -> Iterator[Unit]:
     yield unit("without", lambda: [b""] * len(found), {})
     yield unit("clean", lambda: [p.context for p in found], {})
     for name, rule in material.rules.items():
-        more = {"list": content_of(material.misspellings)} if name == "misspelt" else {}
+        more = {"list": file_content(material.misspellings), "share": MISSPELT} if name == "misspelt" else {}
 
         def contexts(name=name, rule=rule) -> list[bytes]:
             return [noised(p.context, rule, seed=seed, document=p.name, field="context", name=name) for p in found]
@@ -256,7 +269,7 @@ def _hellaswag(material: Material) -> Iterator[Unit]:
 def _chunks(material: Material) -> Iterator[Unit]:
     most = material.sizes.chunk_bytes
     documents = material.documents("chunks", most)
-    decides = {"text": material.text_identity, "most": most, "seed": material.seed}
+    decides = {"text": content_of(*documents), "seed": material.seed}
     run = lambda entrant: chunk_quality.chunk_unit(entrant, documents, material.seed)  # noqa: E731
     yield Unit("chunks", "text", decides, run, chunk_quality.has_chunks)
 
@@ -310,7 +323,7 @@ def _variants(material: Material) -> Iterator[Unit]:
 def _chain(material: Material) -> Iterator[Unit]:
     most = material.sizes.bpb_bytes
     documents = material.documents("words", most)
-    decides = {"text": material.text_identity, "most": most, "words": content_of(material.words)}
+    decides = {"text": content_of(*documents), "words": sorted(material.word_counts.items())}
     run = lambda entrant: word_unit(entrant.lm, documents, material.word_counts)  # noqa: E731
     yield Unit("words", "text", decides, run, lambda e: e.bits and isinstance(e.lm, NetworkLM))
 
@@ -348,6 +361,14 @@ def units(
     return [unit for unit in found if written or not unit.suite.endswith("-written")]
 
 
-def content_of(path: Path | None) -> str:
+def content_of(*texts: bytes) -> str:
+    """What some texts say, as a hash."""
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(len(text).to_bytes(8, "little") + text)
+    return found.hexdigest()
+
+
+def file_content(path: Path | None) -> str:
     """What a file says, as a hash; empty for none."""
-    return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+    return "" if path is None else content_of(path.read_bytes())

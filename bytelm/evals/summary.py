@@ -8,7 +8,7 @@ import numpy as np
 
 from bytelm.evals.choices import interval
 from bytelm.evals.hellaswag import CHANCE, robustness, robustness_interval
-from bytelm.evals.noisy import recovered
+from bytelm.evals.noisy import NOISES, recovered
 from bytelm.evals.results import Result
 
 CUT = " Some contexts are longer than a model's window: it does not see their beginning, and models do not see alike."
@@ -66,12 +66,17 @@ class Summary:
     def rules(self) -> list[str]:
         return [task for task in self.tasks("noise") if task not in BASES]
 
+    def _headline_rules(self) -> list[str]:
+        """The rules whose mean is a headline: the same eight, whatever else was asked."""
+        return [rule for rule in self.rules() if rule in NOISES]
+
     def noisy_bpb(self, model: str) -> float:
         """Mean bits per byte behind a noised context, over the rules."""
-        return float(np.mean([self.metric(model, "noise", rule, "bpb") for rule in self.rules()] or [math.nan]))
+        bits = [self.metric(model, "noise", rule, "bpb") for rule in self._headline_rules()]
+        return float(np.mean(bits or [math.nan]))
 
     def mean_recovered(self, model: str) -> float:
-        return float(np.mean([self.recovered(model, rule) for rule in self.rules()] or [math.nan]))
+        return float(np.mean([self.recovered(model, rule) for rule in self._headline_rules()] or [math.nan]))
 
     def hellaswag(self, model: str) -> tuple[float, float, float, tuple[float, float]]:
         """(clean, noisy, robustness score, its interval), accuracies normalised by characters as in the papers."""
@@ -94,6 +99,8 @@ class Summary:
             if any(math.isfinite(v) for v in values):
                 columns.append((name, [shown(v, digits, per_cent) for v in values]))
 
+        columns.append(("parameters", [_count(self.metric(m, "model", "size", "parameters")) for m in self.models]))
+        columns.append(("window", [self._window(m) for m in self.models]))
         add("bits per byte", [self.metric(m, "bpb", "text", "bpb") for m in self.models])
         add("bytes per unit", [self.innermost(m, "bytes_per_unit") for m in self.models], 2)
         add("behind clean context", [self.metric(m, "noise", "clean", "bpb") for m in self.models])
@@ -116,8 +123,9 @@ class Summary:
             ]
             columns.append(("robustness (95 %)", cells))
         rows = [[model, *(values[n] for _, values in columns)] for n, model in enumerate(self.models)]
-        if columns and columns[0][0] == "bits per byte":
-            rows += [[name, shown(bpb), *[""] * (len(columns) - 1)] for name, bpb in self.lines.items()]
+        if any(name == "bits per byte" for name, _ in columns):
+            rows += [[line, *(shown(bpb) if name == "bits per byte" else "" for name, _ in columns)]
+                     for line, bpb in self.lines.items()]  # fmt: skip
         return Table("Headline", "", ["model", *(name for name, _ in columns)], rows)
 
     def record(self) -> dict[str, dict[str, dict[str, dict[str, float | None]]]]:
@@ -134,11 +142,21 @@ class Summary:
                 out[model]["noise"][rule]["recovered"] = share if math.isfinite(share) else None
         return out
 
+    def _window(self, model: str) -> str:
+        """How far a model sees."""
+        size, tokens = (self.metric(model, "model", "size", name) for name in ("window", "window_tokens"))
+        if math.isfinite(tokens):
+            return f"{tokens:,.0f} tokens"
+        return f"{size:,.0f} bytes" if math.isfinite(size) else "-"
+
     def chance(self, suite: str) -> float:
         """Mean of what guessing gives over a suite's tasks."""
-        each = [next(self.metric(m, suite, t, "chance") for m in self.models if t in self.of(m, suite))
-                for t in self.tasks(suite)]  # fmt: skip
-        return float(np.mean(each or [math.nan]))
+        return float(np.mean([self.chance_of(suite, t) for t in self.tasks(suite)] or [math.nan]))
+
+    def chance_of(self, suite: str, task: str) -> float:
+        """What guessing gives in a task, as the first model that could be asked says."""
+        each = (self.metric(m, suite, task, "chance") for m in self.models)
+        return next((value for value in each if math.isfinite(value)), math.nan)
 
     def innermost(self, model: str, name: str) -> float:
         """A figure of a model's innermost units."""
@@ -186,14 +204,12 @@ class Summary:
                 rows.append([model, *cells])
         if not rows:
             return None
-        rows.append(["chance", *(shown(next(self.metric(m, suite, t, "chance") for m in self.models
-                                            if t in self.of(m, suite)), 0, True) for t in tasks)])  # fmt: skip
+        rows.append(["chance", *(shown(self.chance_of(suite, t), 0, True) for t in tasks)])
         about = (
             "Share of questions whose right answer, of those offered, is the one that the question makes most more "
             "probable (95 % interval): what answers are of themselves, long or frequent or misspelt, does not count."
         )
-        cut = max(self.metric(m, suite, t, "cut") for m in self.models for t in tasks if t in self.of(m, suite))
-        if cut > 0:
+        if any(self.metric(m, suite, t, "cut") > 0 for m in self.models for t in tasks):
             about += CUT
         return Table(suite, about, ["model", *tasks], rows)
 
@@ -217,7 +233,8 @@ class Summary:
         models = [m for m in self.models if self.of(m, "words")]
         if not models:
             return None
-        names = [n for n in self.of(models[0], "words")["text"].metrics if n.startswith("accuracy")]
+        every = (n for m in models for n in self.of(m, "words")["text"].metrics if n.startswith("accuracy"))
+        names = list(dict.fromkeys(every))
         rows = [[m, *(shown(self.metric(m, "words", "text", n), 1, True) for n in names)] for m in models]
         about = "Share of words in running text each of whose bytes is the most probable one, by rank of frequency."
         return Table("Words", about, ["model", *(n.removeprefix("accuracy_") for n in names)], rows)
@@ -277,6 +294,15 @@ def shown(value: float, digits: int = 3, per_cent: bool = False) -> str:
     if not math.isfinite(value):
         return "-"
     return f"{100 * value:.{digits}f} %" if per_cent else f"{value:.{digits}f}"
+
+
+def _count(number: float) -> str:
+    """A number of parameters."""
+    if not number > 0:
+        return "-"
+    if number < 1e6:
+        return f"{number:,.0f}"
+    return f"{number / 1e6:,.1f} M" if number < 1e9 else f"{number / 1e9:,.2f} B"
 
 
 def _nats(result: Result | None) -> np.ndarray:
