@@ -244,9 +244,10 @@ class TokenizedLM(ByteLM):
             behind = context[len(shared) :] + text
             (rows,) = covers.look([behind])
             covers.keep([0])
-            rows = rows[len(behind) - len(text) :]
+            rows, own = rows[len(behind) - len(text) :], np.frombuffer(text, np.uint8)
             logs = _dead_from_the_first(np.array([row[byte] for row, byte in zip(rows, text)]))
-            scores.append(Score(float(logs.sum()), logs))
+            greedy = np.array([row.argmax() for row in rows[: len(text)]], int) == own
+            scores.append(Score(float(logs.sum()), logs, greedy & np.isfinite(logs)))
         return scores
 
     def _score(self, text: bytes, scored: int) -> NDArray[np.float64]:

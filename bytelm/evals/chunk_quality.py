@@ -23,6 +23,7 @@ from bytelm.data.words import split_bytes
 from bytelm.evals.entrants import Continuing, Entrant
 from bytelm.protocol import ByteLM
 
+ENGLISH = ("en", "eng")  # what the file of the language that others are compared with may be called
 Starts = NDArray[np.int64]  # byte offsets at which units begin, the text's own start not among them
 
 
@@ -181,13 +182,23 @@ def level_figures(texts: Sequence[bytes], starts: Sequence[Starts]) -> tuple[dic
     }, every  # fmt: skip
 
 
-def read_parallel(folder: Path, most: int) -> dict[str, list[bytes]]:
-    """Sentences of a parallel corpus: one file LANGUAGE.txt a language, line n of each the same sentence."""
+def read_parallel(folder: Path, most: int) -> tuple[dict[str, list[bytes]], bool]:
+    """(sentences of a parallel corpus, whether they are aligned): one file LANGUAGE.txt a language. Where all files
+    have as many lines, line n of each is the same sentence, and at most `most` are taken (0: all), at even distances;
+    else each file is taken whole."""
     files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
     texts = {file.stem: file.read_bytes().splitlines() for file in files}
-    if len({len(lines) for lines in texts.values()}) != 1 or "en" not in texts:
-        raise ConfigError(f"{folder}: expected one file LANGUAGE.txt a language, en.txt among them, with as many lines")
-    return {language: lines[: most or None] for language, lines in texts.items()}
+    if not texts.keys() & set(ENGLISH):
+        raise ConfigError(f"{folder}: expected one file LANGUAGE.txt a language, {' or '.join(ENGLISH)}.txt among them")
+    total = len(next(iter(texts.values())))
+    aligned = all(len(lines) == total for lines in texts.values())
+    if aligned:
+        kept = [n * total // min(most or total, total) for n in range(min(most or total, total))]
+        texts = {language: [lines[n] for n in kept] for language, lines in texts.items()}
+    texts = {language: [line for line in lines if line.strip()] for language, lines in texts.items()}
+    if not all(texts.values()):
+        raise ConfigError(f"{folder}: {next(k for k, v in texts.items() if not v)}.txt is empty")
+    return texts, aligned
 
 
 def language_unit(entrant: Entrant, sentences: Sequence[bytes]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -204,7 +215,11 @@ def read_morphemes(path: Path) -> list[tuple[str, list[int]]]:
     """Words and the byte offsets of morphemes inside them, from lines `surface TAB morpheme @@morpheme ...` of
     SIGMORPHON 2022 (words or sentences); only words whose morphemes spell the surface, with a boundary inside."""
     found: dict[str, list[int]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: is no UTF-8 text ({e.reason} at byte {e.start})") from None
+    for line in text.splitlines():
         surface, _, rest = line.partition("\t")
         groups = rest.split("\t")[0].replace(" @@", "\0").split(" ")
         for word, group in zip(surface.split(" "), groups):

@@ -49,8 +49,11 @@ def read_cute(folder: Path, task: str) -> list[list[str]]:
     path = folder / f"{task}.tsv"
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; the folder holds CUTE's data/*.tsv (github.com/Leukas/CUTE)")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: is no UTF-8 text ({e.reason} at byte {e.start})") from None
     wanted = TASKS[task.removesuffix("_rand")][1].count("{") + 1
     if not rows or rows[0][-1] != "label" or any(len(row) != wanted for row in rows):
         raise ConfigError(f"{path}: expected {wanted} columns, the last named label")
@@ -85,5 +88,8 @@ def _wrong(kind: str, row: list[str], draws: Draws) -> tuple[str, ...]:
     between = " " if kind.endswith("word") or kind == "spell" else ""
     units = answer.split(" ") if between else list(answer)
     alphabet = row[-2].split() if kind.endswith("word") else ALPHABET
-    slips = (between.join(wrong) for wrong in corruptions(units, draws, 4 - len(unchanged), alphabet))
+    try:
+        slips = [between.join(wrong) for wrong in corruptions(units, draws, 4 - len(unchanged), alphabet)]
+    except ValueError as e:
+        raise ConfigError(f"CUTE, {kind}, row {row}: {e}") from None
     return tuple(unchanged + [slip for slip in slips if slip not in unchanged])[:3]

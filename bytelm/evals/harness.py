@@ -31,13 +31,16 @@ class HarnessLM(LM):
         self, path: str = "", lm: ByteLM | None = None, view: str = "bytes", batch_size: Any = None, **options
     ):
         """`path`: what `bytelm.load` takes, with its `options`; or a model that is loaded. `view`: how a tokenized
-        model is asked, by bytes or by its own tokens. `batch_size` is lm-eval's, and not needed."""
+        model is asked, by bytes or by its own tokens. `batch_size` and the like are lm-eval's, and not needed."""
         super().__init__()
         if view not in ("bytes", "tokens"):
             raise ConfigError(f"view={view!r}: choose bytes or tokens")
         if lm is None and not path:
             raise ConfigError("path: name a run, a weights directory or a tokenized model")
-        known = lm if lm is not None else load(path, **{k: v for k, v in options.items() if k not in ("device",)})
+        if "checkpoint" in options:  # lm-eval makes a number of a step
+            options["checkpoint"] = str(options["checkpoint"])
+        own = {name: value for name, value in options.items() if name not in ("device", "max_batch_size")}
+        known = lm if lm is not None else load(path, **own)
         if isinstance(known, TokenizedLM):
             self.lm: ByteLM = PlainTokens(known) if view == "tokens" else known
         else:
@@ -53,7 +56,7 @@ class HarnessLM(LM):
         if flags is not None:
             return bool(flags.all())
         wanted, before = text.encode(), context.encode()
-        before = before[max(len(before) + len(wanted) - self.lm.window, 0) :]
+        before = _end_of(before, self.lm.window - len(wanted))
         return self.lm.generate(before, len(wanted), temperature=0) == wanted
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -76,12 +79,18 @@ class HarnessLM(LM):
                 prompts = [requests[n].args[0].encode() for n in part]
                 if isinstance(self.lm, TokenizedLM):  # others go on from what they see of a long prompt
                     room = max(self.lm.window - most, self.lm.window // 2)
-                    most, prompts = min(most, self.lm.window - room), [p[max(len(p) - room, 0) :] for p in prompts]
+                    most, prompts = min(most, self.lm.window - room), [_end_of(p, room) for p in prompts]
                 written = self.lm.generate_batch(prompts, most, temperature=temperature, top_p=top_p,
                                                  stop=[s for s in stop if s])  # fmt: skip
                 for n, text in zip(part, written):
                     out[n] = text.decode("utf-8", "replace")
         return out
+
+
+def _end_of(text: bytes, room: int) -> bytes:
+    """The end of a text that fits, from the beginning of a character."""
+    end = text[max(len(text) - max(room, 0), 0) :]
+    return end[next((n for n, byte in enumerate(end[:4]) if byte & 0xC0 != 0x80), 0) :]
 
 
 def bpb_task(name: str, files: Sequence[str | Path]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 the letters of words, and sums written backwards. Both can be drawn without end, for training and for testing.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from bytelm.config import ConfigError
 from bytelm.data.noise import ALPHABET, Draws
-from bytelm.evals.choices import Question
+from bytelm.evals.choices import Question, corruptions
 
 _OPENINGS = ("Which word", "Which of these words", "Which option", "Which choice")
 KINDS = ("most", "contains", "starts", "ends", "longest", "shortest")
@@ -44,6 +45,8 @@ def _length(words: Sequence[str], draws: Draws, kind: str) -> tuple[str, list[st
 def language_questions(words: Sequence[str], kind: str = "", seed: int = 0) -> Iterator[Question]:
     """Questions of one kind (none: of all, at random) with four options among `words`. Raises ConfigError where the
     words have too few right or wrong answers for a kind."""
+    if not words:
+        raise ConfigError("langgame: no words to ask for: give it text with words of letters a-z (--words FILE)")
     draws = Draws(seed, "langgame", kind)
     misses = 0
     while True:
@@ -75,3 +78,14 @@ def sums(seed: int = 0, digits: int = 3) -> Iterator[tuple[str, str]]:
     while True:
         a, b = low + draws.below(9 * low), low + draws.below(9 * low)
         yield f"${a}+{b}=", f"{str(a + b)[::-1]}$"
+
+
+def sum_questions(count: int, seed: int = 0) -> list[Question]:
+    """The same sums as questions: the result backwards, or with one slip."""
+    found = []
+    for n, (asked, answer) in enumerate(itertools.islice(sums(seed), count)):
+        wrong = corruptions(list(answer[:-1]), Draws(seed, "wrong sums", n), 3, "0123456789")
+        endings = [f"{''.join(digits)}$" for digits in wrong]
+        endings.insert(n % 4, answer)
+        found.append(Question(asked.encode(), tuple(map(str.encode, endings)), n % 4, tuple(endings), b"$+="))
+    return found

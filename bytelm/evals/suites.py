@@ -232,7 +232,7 @@ def _asked(suite: str, task: str, questions: list[Question], chance: float, *, w
 def _words(material: Material, table: Mapping[str, Any], suite: str) -> Iterator[Unit]:
     for task in table:
         questions = word_tasks.questions(material.word_counts, task, material.sizes.items, material.seed)
-        single = task not in ("common_substring", "unscramble")  # these have several right answers
+        single = task not in ("substring", "unscramble")  # these have several right answers
         yield from _asked(suite, task, questions, word_tasks.CHANCE[task], writes=single)
 
 
@@ -242,6 +242,8 @@ def _langgame(material: Material) -> Iterator[Unit]:
         drawn = langgame.language_questions(words, kind, material.seed)
         questions = list(itertools.islice(drawn, material.sizes.items))
         yield from _asked("langgame", kind, questions, 1 / 4, writes=False)
+    backwards = langgame.sum_questions(material.sizes.items, material.seed)
+    yield from _asked("langgame", "sums_backwards", backwards, 1 / 4, writes=False)
 
 
 def _counting(material: Material) -> Iterator[Unit]:
@@ -277,12 +279,13 @@ def _chunks(material: Material) -> Iterator[Unit]:
 def _languages(material: Material) -> Iterator[Unit]:
     if material.parallel is None:
         raise ConfigError("suite languages: needs parallel text, a folder of LANGUAGE.txt: --parallel DIR")
-    texts = chunk_quality.read_parallel(material.parallel, material.sizes.sentences)
+    texts, aligned = chunk_quality.read_parallel(material.parallel, material.sizes.sentences)
     for language, sentences in texts.items():
         decides = {"sentences": [s.hex() for s in sentences]}
 
         def run(entrant: Entrant, sentences=sentences) -> Found:
-            return chunk_quality.language_unit(entrant, sentences)
+            metrics, details = chunk_quality.language_unit(entrant, sentences)
+            return metrics | {"aligned": float(aligned)}, details
 
         yield Unit("languages", language, decides, run)
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from bytelm.evals.choices import interval
+from bytelm.evals.chunk_quality import ENGLISH
 from bytelm.evals.hellaswag import CHANCE, robustness, robustness_interval
 from bytelm.evals.noisy import NOISES, recovered
 from bytelm.evals.results import Result
 
 CUT = " Some contexts are longer than a model's window: it does not see their beginning, and models do not see alike."
 BASES = ("without", "clean")  # tasks of the noise suite that are no noise
+SPELLINGS = ("counting", "sums")  # suites that ask the same in several spellings
 ACCURACIES = ("cute", "charbench", "probes", "langgame", "counting", "sums", "traps")
 
 
@@ -202,6 +204,9 @@ class Summary:
                 cells.append(f"{shown(float(flags.mean()), 0, True)} ({100 * low:.0f}-{100 * high:.0f})")
             if any(cell != "-" for cell in cells):
                 rows.append([model, *cells])
+                if suite in SPELLINGS:
+                    shares = [self.metric(model, suite, task, "accuracy") for task in tasks]
+                    rows[-1].append(shown(max(shares) - min(shares), 0, True))
         if not rows:
             return None
         rows.append(["chance", *(shown(self.chance_of(suite, t), 0, True) for t in tasks)])
@@ -211,7 +216,12 @@ class Summary:
         )
         if any(self.metric(m, suite, t, "cut") > 0 for m in self.models for t in tasks):
             about += CUT
-        return Table(suite, about, ["model", *tasks], rows)
+        columns = ["model", *tasks]
+        if suite in SPELLINGS:
+            columns.append("spread")
+            rows[-1].append("")
+            about += " The same questions in every column: the spread is what their spelling does."
+        return Table(suite, about, columns, rows)
 
     def _written(self, suite: str) -> Table | None:
         tasks = self.tasks(f"{suite}-written")
@@ -260,15 +270,18 @@ class Summary:
 
     def _languages(self) -> Table | None:
         tasks = self.tasks("languages")
+        english = next((task for task in tasks if task in ENGLISH), "")
 
         def over_english(model: str, task: str, name: str) -> float:
-            return self.metric(model, "languages", task, name) / self.metric(model, "languages", "en", name)
+            return self.metric(model, "languages", task, name) / self.metric(model, "languages", english, name)
 
         names = {"bytes": "bytes", "units": "units", "nats": "bits"}
         rows = [[f"{m}, {label}", *(shown(over_english(m, t, name), 2) for t in tasks)]
                 for m in self.models for name, label in names.items()
-                if math.isfinite(self.metric(m, "languages", "en", name))]  # fmt: skip
+                if math.isfinite(self.metric(m, "languages", english, name))]  # fmt: skip
         about = "What the same sentences cost in a language, over English: bytes, units, and bits of the whole text."
+        if any(self.metric(m, "languages", t, "aligned") == 0 for m in self.models for t in tasks):
+            about += " The files have different numbers of lines, so each was taken whole."
         return Table("Languages", about, ["model", *tasks], rows) if rows else None
 
     def _morphemes(self) -> Table | None:

@@ -1,5 +1,6 @@
 """Noise: the rules' own words, rates, and that it depends on nothing but its keys."""
 
+import re
 import subprocess
 import sys
 
@@ -76,6 +77,25 @@ def test_any_bytes(data, rule):
     valid = data.decode("utf-8", "ignore").encode() == data
     if valid:
         out.decode()  # noise on a text is a text
+
+
+@given(st.text(max_size=80), st.integers(0, 99))
+@settings(max_examples=200, deadline=None)
+def test_what_stays_of_a_text(text, seed):
+    text = text.encode("utf-8", "ignore").decode()
+
+    def changed(rule):
+        return noised(text.encode(), rule, seed=seed, document=0).decode()
+
+    letters = iter(text)
+    assert all(c in letters for c in changed("drop"))  # in the order of the text
+    assert changed("upper") == text.upper()
+    assert all(c in (old.upper(), old.lower()) for c, old in zip(changed("random_case"), text)) or any(
+        len(c.upper()) != 1 or len(c.lower()) != 1 for c in text
+    )
+    assert re.fullmatch("".join(f"{re.escape(c)}{{1,4}}" for c in text), changed("repeat"))
+    for rule in ("word_permute", "word_replace", "typo_swap", "typo_keyboard"):
+        assert len(changed(rule)) == len(text)
 
 
 def test_keys_alone_decide():

@@ -134,14 +134,20 @@ def test_morphemes(tmp_path):
 def test_languages(tmp_path):
     (tmp_path / "en.txt").write_text("one two\nthree\n")
     (tmp_path / "xx.txt").write_text("uno due tre\nquattro cinque\n")
-    texts = read_parallel(tmp_path, 0)
+    texts, aligned = read_parallel(tmp_path, 0)
+    assert aligned and read_parallel(tmp_path, 1) == ({"en": [b"one two"], "xx": [b"uno due tre"]}, True)
     found, _ = language_unit(Entrant("s", Spaces()), texts["xx"])
     assert (found["bytes"], found["units"]) == (25, 5) and found["nats"] == pytest.approx(25 * math.log(256))
     results = [Result(t, "s", "languages", t, language_unit(Entrant("s", Spaces()), texts[t])[0]) for t in texts]
     (table,) = Summary(results).tables()
     assert table.rows == [["s, bytes", "1.00", "2.08"], ["s, units", "1.00", "1.67"], ["s, bits", "1.00", "2.08"]]
-    (tmp_path / "yy.txt").write_text("only one line\n")
-    with pytest.raises(ConfigError, match="one file LANGUAGE.txt a language"):
+    (tmp_path / "yy.txt").write_text("only one line\n\n\n")
+    assert read_parallel(tmp_path, 1) == (texts | {"yy": [b"only one line"]}, False)  # each taken whole
+    (tmp_path / "yy.txt").write_text(" \n")
+    with pytest.raises(ConfigError, match=r"yy.txt is empty"):
+        read_parallel(tmp_path, 0)
+    (tmp_path / "en.txt").rename(tmp_path / "english.txt")
+    with pytest.raises(ConfigError, match="one file LANGUAGE.txt a language, en or eng.txt among them"):
         read_parallel(tmp_path, 0)
 
 
@@ -150,6 +156,14 @@ def tokenized(root):
     return bytelm.load(root / "tests/golden/convert/model_tiny_sp"), bytelm.load(
         root / "tests/golden/convert/model_tiny_lm"
     )
+
+
+def test_chunks_of_text_that_is_cut_inside_characters(tokenized):
+    text = "word ééé漢字 ".encode() * 90
+    for entrant in entrants("m", tokenized[1])[:1]:
+        metrics, details = chunk_unit(entrant, [text], 0)
+        assert metrics["bytes_per_unit_0"] >= 1 and 0 <= metrics["stability_0"] <= 1
+        assert text.startswith(details["passage"].encode())
 
 
 def test_tokens_as_units(tokenized):

@@ -32,4 +32,4 @@ def test_recorded_ppmd_equals_pyppmd(split, monkeypatch):
     recorded = ppmd_given(*split)
     assert "recorded" in recorded.source and "measured" in measured.source
     assert measured.bpb == pytest.approx(recorded.bpb, abs=1e-3)
-    assert ppmd_given(b"some", b"other text") is None
+    assert ppmd_given(b"some", b"other text") is None and ppmd_given(b"some", split[1]) is None
