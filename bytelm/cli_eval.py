@@ -16,7 +16,7 @@ from bytelm.config import ConfigError, DataConfig, HATConfig
 EXIT_OK, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 0, 1, 75
 # Options of suites alone, and such as only one figure of one model has.
 FOR_SUITES = ("full", "passages", "items", "written", "cute", "hellaswag", "misspellings", "words", "parallel",
-              "tokenizer", "morphemes", "seed")  # fmt: skip
+              "tokenizer", "morphemes", "records", "seed")  # fmt: skip
 FACTS = "facts.json"  # in the results' folder: what the last run measured, on what
 FOR_ONE = ("window", "max_bytes", "task")
 COMPARE_LIMIT = 256 << 20  # bytes of training text that --compare is willing to compress
@@ -43,6 +43,7 @@ class EvalOptions:
     parallel: Path | None = None  # folder of LANGUAGE.txt with a sentence a line
     tokenizer: Path | None = None  # tokenized model: texts that its tokens cut wrongly
     morphemes: tuple[Path, ...] = ()  # words cut into morphemes (SIGMORPHON 2022)
+    records: tuple[Path, ...] = ()  # questions as JSONL, in llm-foundry's forms
     seed: int = 0  # of noise and of what is drawn
     text: tuple[str, ...] = ()  # files or globs (.txt, .jsonl, .gz, .zst, [a:b] slices)
     text_field: str = "text"  # field of a jsonl record that holds the text
@@ -286,7 +287,7 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
     if len({path.resolve() for path in options.model}) < len(options.model):
         raise ConfigError("a model is named twice")
     given = (options.cute, options.hellaswag, options.misspellings, options.words, options.parallel, options.tokenizer)
-    for path in (*options.model, *(path for path in given if path is not None), *options.morphemes):
+    for path in (*options.model, *(path for path in given if path is not None), *options.morphemes, *options.records):
         if not path.exists():
             raise ConfigError(f"{path}: no such file or directory")
     if options.semantics not in (None, "masked"):
@@ -305,6 +306,7 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
     material = suites.Material(
         text=text, cute=options.cute, hellaswag=options.hellaswag, misspellings=options.misspellings,
         words=options.words, parallel=options.parallel, tokenizer=options.tokenizer, morphemes=options.morphemes,
+        records=options.records,
         seed=options.seed, sizes=_sizes(options),
     )  # fmt: skip
     console = Console(highlight=False, stderr=options.json)

@@ -1,6 +1,8 @@
 """The commands on a real (tiny) trained run, and that user mistakes end in one line and status 2."""
 
 import json
+import os
+import shutil
 
 import pytest
 
@@ -103,6 +105,46 @@ def test_eval_suites_are_gone_on_with_and_reported(trained, tmp_path, capsys):
     assert "0 tasks done" in capsys.readouterr().out
 
 
+def test_eval_of_several_models_where_one_is_broken(trained, tmp_path, capsys):
+    """The others are done and reported; a copy of a model elsewhere is known; a report needs results alone."""
+    out, broken, moved = tmp_path / "out", tmp_path / "broken", tmp_path / "moved" / "run"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"The owls of the old tower slept.\n" * 60)
+    more = ["--suite", "bpb,noise", "--passages", "2", "--out", str(out), "--text", str(text)]
+    assert cli(["eval", str(trained), str(broken), *more]) == 1
+    said = "".join(capsys.readouterr())
+    assert "run: 12 tasks done" in said and "broken: " in said and "not done" in said and "Traceback" not in said
+    shutil.copytree(trained, moved)
+    os.utime(text, (0, 0))
+    assert cli(["eval", str(moved), *more]) == 0
+    assert "run: 0 tasks done" in capsys.readouterr().out
+    (out / "report.html").unlink()
+    assert cli(["eval", "--report", "--out", str(out)]) == 0
+    assert "typo_swap" in (out / "report.html").read_text() and "--report" not in capsys.readouterr().err
+    assert cli(["eval", "other", "--report", "--out", str(out)]) == 2
+    assert cli(["eval", "--report", "--out", str(tmp_path / "empty")]) == 2
+
+
+def test_eval_that_is_interrupted_keeps_what_is_done(trained, tmp_path, capsys, monkeypatch):
+    from bytelm.evals import suites
+
+    def stopped(material):
+        def run(entrant):
+            raise KeyboardInterrupt
+
+        yield suites.Unit("words", "text", {}, run)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(suites.SUITES, "words", stopped)
+        args = ["eval", str(trained), "--suite", "bpb,words", "--out", str(tmp_path)]
+        assert cli(args) == 75
+    assert "the same command goes on" in capsys.readouterr().out
+    assert cli(args) == 0
+    assert "1 tasks done" in (said := capsys.readouterr().out) and "2 known" in said
+
+
 @pytest.mark.parametrize(
     "args,message",
     [
@@ -121,6 +163,10 @@ def test_eval_suites_are_gone_on_with_and_reported(trained, tmp_path, capsys):
         (["eval", "RUN", "--suite", "cute", "--out", "FOLDER"], "suite cute: needs CUTE's data"),
         (["eval", "RUN", "--cute", "missing", "--out", "FOLDER"], "missing: no such file or directory"),
         (["eval", "RUN", "--window", "64", "--out", "FOLDER"], "--window is for one figure of one model"),
+        (["eval", "RUN", "--cute", "FOLDER"], "--cute is for suites, which need a folder"),
+        (["eval", "RUN", "--items", "3"], "--items is for suites, which need a folder"),
+        (["eval", "RUN", "RUN", "--out", "FOLDER"], "a model is named twice"),
+        (["eval", "RUN", "--report", "--out", "FOLDER"], "holds no results.jsonl"),
         (["sample", "RUN", "--temperature", "-1"], "temperature=-1"),
         (["sample", "RUN", "--prompt-file", "missing"], "No such file"),
         (["sample", "RUN", "--checkpoint", "9"], "no checkpoint '9'; there is:"),

@@ -17,7 +17,7 @@ from bytelm.byteview.plain_tokens import PlainTokens
 from bytelm.config import ConfigError
 from bytelm.data.corpus import Corpus
 from bytelm.data.noise import RULES, Draws, Noise, misspeller, noised
-from bytelm.evals import chunk_quality, counting, cute, langgame, noisy, traps, word_tasks
+from bytelm.evals import chunk_quality, counting, cute, langgame, noisy, records, traps, word_tasks
 from bytelm.evals.bpb import bits_per_byte, first_bytes
 from bytelm.evals.choices import Question, ask
 from bytelm.evals.entrants import Entrant, longer, parameters
@@ -65,6 +65,7 @@ class Material:
     parallel: Path | None = None  # folder of LANGUAGE.txt with a sentence a line, en.txt among them
     tokenizer: Path | None = None  # tokenized model whose tokens set the traps
     morphemes: tuple[Path, ...] = ()  # files of words and their morphemes (SIGMORPHON 2022)
+    records: tuple[Path, ...] = ()  # JSONL files of questions (`records.py`)
     seed: int = 0
     sizes: Sizes = field(default_factory=Sizes)
 
@@ -303,6 +304,20 @@ def _morphemes(material: Material) -> Iterator[Unit]:
         yield Unit("morphemes", str(path), {"words": words}, run, chunk_quality.has_chunks)
 
 
+def _records(material: Material) -> Iterator[Unit]:
+    if not material.records:
+        raise ConfigError("suite records: needs questions as JSONL (llm-foundry's forms): --records FILE ...")
+    for path in material.records:
+        rows = Draws(material.seed, "records").shuffled(records.read_records(path))[: material.sizes.items or None]
+
+        def run(entrant: Entrant, rows=rows) -> Found:
+            metrics, details = records.records_unit(entrant.lm, rows)
+            cut = np.mean([longer(entrant.lm, max(map(b"".join, row.pairs), key=len)) for row in rows])
+            return metrics | {"cut": float(cut)}, details
+
+        yield Unit("records", path.stem, {"rows": [dataclasses.astuple(row) for row in rows]}, run)
+
+
 def _traps(material: Material) -> Iterator[Unit]:
     if material.tokenizer is None:
         raise ConfigError("suite traps: needs the tokenizer to set them for, a tokenized model: --tokenizer MODEL")
@@ -336,7 +351,7 @@ SUITES: dict[str, Callable[[Material], Iterator[Unit]]] = {
     "charbench": lambda m: _words(m, word_tasks.CHARBENCH, "charbench"),
     "probes": lambda m: _words(m, word_tasks.PROBES, "probes"),
     "langgame": _langgame, "counting": _counting, "sums": _sums, "hellaswag": _hellaswag, "languages": _languages,
-    "morphemes": _morphemes, "traps": _traps, "variants": _variants,
+    "morphemes": _morphemes, "traps": _traps, "variants": _variants, "records": _records,
 }  # fmt: skip
 # Suites that need a file of the user's: the field that names it.
 NEEDS = {
@@ -345,6 +360,7 @@ NEEDS = {
     "languages": "parallel",
     "morphemes": "morphemes",
     "traps": "tokenizer",
+    "records": "records",
 }
 
 

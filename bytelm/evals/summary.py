@@ -15,7 +15,7 @@ from bytelm.evals.results import Result
 CUT = " Some contexts are longer than a model's window: it does not see their beginning, and models do not see alike."
 BASES = ("without", "clean")  # tasks of the noise suite that are no noise
 SPELLINGS = ("counting", "sums")  # suites that ask the same in several spellings
-ACCURACIES = ("cute", "charbench", "probes", "langgame", "counting", "sums", "traps")
+ACCURACIES = ("cute", "charbench", "probes", "langgame", "counting", "sums", "traps", "records")
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,11 @@ class Summary:
             "Share of questions whose right answer, of those offered, is the one that the question makes most more "
             "probable (95 % interval): what answers are of themselves, long or frequent or misspelt, does not count."
         )
+        if suite == "records":
+            about = (
+                "Share of records whose right answer is the most probable of those offered, by its sum (95 % interval), "
+                "or is what greedy decoding writes, where nothing is offered."
+            )
         if any(self.metric(m, suite, t, "cut") > 0 for m in self.models for t in tasks):
             about += CUT
         columns = ["model", *tasks]
