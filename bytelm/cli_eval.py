@@ -306,8 +306,7 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
     material = suites.Material(
         text=text, cute=options.cute, hellaswag=options.hellaswag, misspellings=options.misspellings,
         words=options.words, parallel=options.parallel, tokenizer=options.tokenizer, morphemes=options.morphemes,
-        records=options.records,
-        seed=options.seed, sizes=_sizes(options),
+        records=options.records, seed=options.seed, sizes=_sizes(options),
     )  # fmt: skip
     console = Console(highlight=False, stderr=options.json)
     left_out = lambda why: console.print(f"left out: {why}", markup=False)  # noqa: E731

@@ -44,7 +44,7 @@ Install one (Debian, Ubuntu: apt install python3 python3-venv) or name one: BYTE
   done
   free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')
   [ "$free" -ge 2500 ] || fail "only $free MB free here; the environment needs about 2,500 MB"
-  say "installing bytelm and what it needs into .venv (about 900 MB; a few minutes) ..."
+  say "installing bytelm and what it needs into .venv (about 1,600 MB with the tests' packages; a few minutes) ..."
   if ! "$PYTHON" -m pip install --disable-pip-version-check --quiet --constraint "$constraints" --editable ".${extras:+[$extras]}" >.venv/install.log 2>&1; then
     tail -n 15 .venv/install.log >&2
     if grep -qiE 'no space left' .venv/install.log; then fail "the disk is full"; fi

@@ -216,8 +216,8 @@ class Summary:
         )
         if suite == "records":
             about = (
-                "Share of records whose right answer is the most probable of those offered, by its sum (95 % interval), "
-                "or is what greedy decoding writes, where nothing is offered."
+                "Share of records whose right answer is the most probable of those offered, by its sum, or, where none "
+                "is offered, what greedy decoding writes (95 % interval)."
             )
         if any(self.metric(m, suite, t, "cut") > 0 for m in self.models for t in tasks):
             about += CUT

@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+import bytelm
+
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: install the extra `eval`")
 pytestmark = pytest.mark.slow
 
@@ -15,8 +17,14 @@ from bytelm.evals.bpb import bits_per_byte  # noqa: E402
 from bytelm.evals.choices import ask  # noqa: E402
 from bytelm.evals.harness import HarnessLM, bpb_task, hellaswag_task  # noqa: E402
 from bytelm.lm import NetworkLM  # noqa: E402
+from bytelm.train.loop import train  # noqa: E402
 from models import uniform  # noqa: E402
-from tiny import flat, network  # noqa: E402
+from tiny import flat, network, run_config  # noqa: E402
+
+
+class Request:
+    def __init__(self, *args):
+        self.args = args
 
 
 @pytest.fixture
@@ -54,17 +62,40 @@ def test_same_numbers_as_our_suites(files):
         assert found[name] == choices.right(by).mean()
 
 
+def test_same_numbers_of_a_trained_run_by_name(files, tmp_path):
+    """As `--model bytelm --model_args path=...,checkpoint=...` asks for it: a step comes as a number."""
+    run = tmp_path / "run"
+    train(run_config(run, steps=6))
+    tasks = [ConfigurableTask(config=bpb_task("text", files[0]))]
+    found = lm_eval.simple_evaluate(model="bytelm", model_args=f"path={run},checkpoint=6", tasks=tasks,
+                                    bootstrap_iters=0, batch_size=1)["results"]["text"]  # fmt: skip
+    lm, texts = bytelm.load(run), [file.read_bytes() for file in files[0]]
+    ours = bits_per_byte(lambda group: [-s.total for s in lm.score_batch(group)], texts, lm.window)
+    assert found["bits_per_byte,none"] == pytest.approx(ours.bpb, abs=1e-6)
+
+
+def test_a_tokenized_model_by_bytes(files, root):
+    """Long prompts are cut between characters, and greedy continuations are those that are generated."""
+    lm = bytelm.load(root / "tests/golden/convert/model_tiny_lm")
+    harness = HarnessLM(lm=lm)
+    long = "漢字 naïve " * lm.window
+    (written,) = harness.generate_until([Request(long, {"until": [], "max_gen_toks": 4})])
+    assert isinstance(written, str)
+    for context, text in (
+        ("The ", "quick"),
+        ("The ", lm.generate("The ", 5, temperature=0).decode("utf-8", "replace")),
+    ):
+        shared = harness.loglikelihood([Request(context, text), Request(context, "other")])[0]
+        (alone,) = harness.loglikelihood([Request(context, text)])
+        assert shared[0] == pytest.approx(alone[0], abs=1e-4) and shared[1] == alone[1]
+
+
 def test_uniform_has_eight_bits(files):
     assert evaluate(uniform(), *files)["bits_per_byte"] == pytest.approx(8, abs=1e-9)
 
 
 def test_greedy_and_generation(files):
     """A continuation counts as greedy exactly where it is what is generated, and stop strings are cut off."""
-
-    class Request:
-        def __init__(self, *args):
-            self.args = args
-
     config = flat()
     lm = NetworkLM(config, network(config, scale=3.0)[1], 64)
     harness, context = HarnessLM(lm=lm), "The quick "
