@@ -54,7 +54,7 @@ class Session:
 
     def _grow(self) -> None:
         more = self.room
-        self.cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))), self.cache)
+        self.cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))), self.cache)
         self.places = np.pad(self.places, ((0, 0), (0, more)))
         self.ancestors = np.pad(self.ancestors, ((0, 0), (0, more), (0, more)))
         self.room += more

@@ -35,8 +35,11 @@ def unit_starts(lm: ByteLM, text: bytes) -> list[Starts]:
         sizes = [len(vocabulary.tokens[i] or b"") for i in view.token_ids(text)]
         ends = np.cumsum(sizes, dtype=np.int64) - len(view.before)
         return [ends[:-1][ends[:-1] > 0]]
-    if isinstance(lm, Continuing):
-        return [starts[starts > 0] for starts in lm.lm.chunks(text)]
+    if isinstance(lm, Continuing):  # an encoder reads whole texts: in pieces of the length that it was trained on
+        places = range(0, max(len(text), 1), lm.window)
+        pieces = [[starts + at for starts in lm.lm.chunks(text[at : at + lm.window])] for at in places]
+        levels = (np.concatenate(level) for level in zip(*pieces))
+        return [starts[starts > 0] for starts in levels]
     return [starts[starts > 0] for starts in lm.chunks(text)]
 
 

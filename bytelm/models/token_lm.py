@@ -4,7 +4,6 @@ Weights are read, never trained here. A batch of inputs need not be rows of text
 with its position and the slots of the cache that it may look at, so that the nodes of a tree go through at once.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.config import ConfigError
-from bytelm.nn.attention import attend, causal_mask
+from bytelm.nn.attention import attend, attend_cached, causal_mask
+from bytelm.nn.cache import AttentionCache
 from bytelm.nn.layers import Affine, Embedding, LayerNorm, Linear, RMSNorm, stretched, turn, wide
 from bytelm.parallel.mesh import shard
 
@@ -66,15 +66,6 @@ class TokenLMConfig:
     def layer_windows(self) -> tuple[int, ...]:
         """Window of each layer; 0: none."""
         return tuple(self.window if on else 0 for on in self.windowed or (True,) * self.layers)
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class TreeCache:
-    """Keys and values of tokens of some texts in slots, in no order; a leading layers axis."""
-
-    k: Float[Array, "l b s g k"]
-    v: Float[Array, "l b s g k"]
 
 
 def rotary_frequencies(config: TokenLMConfig) -> Float[Array, " f"]:
@@ -182,11 +173,11 @@ class TokenLM(nnx.Module):
         x, _ = jax.lax.scan(layer, x, (self.blocks, self._windows()))
         return self._logits(x)
 
-    def empty_cache(self, slots: int, lanes: int = 1) -> TreeCache:
-        """A cache with room for so many tokens of each of some texts."""
+    def empty_cache(self, slots: int, lanes: int = 1) -> AttentionCache:
+        """A cache with room for so many tokens of each of some texts, which may lie in its slots in any order."""
         c = self.config
-        shape = (c.layers, lanes, slots, c.kv_heads, c.head_dim)
-        return TreeCache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
+        shape = (c.layers, lanes, c.kv_heads, slots, c.head_dim)
+        return AttentionCache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
 
     def extend(
         self,
@@ -196,8 +187,8 @@ class TokenLM(nnx.Module):
         seen: Bool[Array, "b m s"],
         places: Int[Array, "b s"],
         wanted: Int[Array, " n"],
-        cache: TreeCache,
-    ) -> tuple[Float[Array, "n v"], TreeCache]:
+        cache: AttentionCache,
+    ) -> tuple[Float[Array, "n v"], AttentionCache]:
         """Logits behind some tokens of each of b texts, which are put into the slots named (a slot past the end:
         nowhere), for those tokens that are `wanted` (places in the [b m] of them, row by row).
 
@@ -205,20 +196,36 @@ class TokenLM(nnx.Module):
         """
         x, angle = self._enter(ids, positions)
         behind = positions[:, :, None] - places[:, None, :]
-        lanes = jnp.arange(ids.shape[0])[:, None]
 
-        def layer(x, block):
-            block, window, old_k, old_v = block
+        def layer(carry, block):  # the whole cache goes along: as an input of each layer it would be copied
+            x, cache = carry
+            block, window, number = block
             q, k, v = block.project(block.attention_norm(x), angle)
-            k = old_k.at[lanes, slots].set(k.astype(old_k.dtype), mode="drop")
-            v = old_v.at[lanes, slots].set(v.astype(old_v.dtype), mode="drop")
-            y = attend(q, k, v, seen & (behind < window))
-            x = x + block.out(y).astype(x.dtype)
-            return x + block.feed_forward(block.mlp_norm(x)).astype(x.dtype), (k, v)
+            cache = _written(cache, number, k, v, slots)
+            own = jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, number, keepdims=False), cache)
+            x = x + block.out(attend_cached(q, own, seen & (behind < window))).astype(x.dtype)
+            return (x + block.feed_forward(block.mlp_norm(x)).astype(x.dtype), cache), None
 
-        x, (k, v) = jax.lax.scan(layer, x, (self.blocks, self._windows(), cache.k, cache.v))
-        x = x.reshape(-1, x.shape[-1])[wanted]
-        return self._logits(x), dataclasses.replace(cache, k=k, v=v)
+        each = self.blocks, self._windows(), jnp.arange(self.config.layers)
+        (x, cache), _ = jax.lax.scan(layer, (x, cache), each)
+        return self._logits(x.reshape(-1, x.shape[-1])[wanted]), cache
+
+
+def _written(
+    cache: AttentionCache,
+    layer: Int[Array, ""],
+    k: Float[Array, "b m g k"],
+    v: Float[Array, "b m g k"],
+    slots: Int[Array, "b m"],
+) -> AttentionCache:
+    """A cache with new keys and values of one layer in some slots; none where the slot is past the end."""
+    lanes, heads = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[2])[:, None]
+
+    def put(old, new):
+        new = jnp.swapaxes(new, 1, 2).astype(old.dtype)
+        return old.at[layer, lanes, heads, slots[:, None]].set(new, mode="drop")
+
+    return AttentionCache(put(cache.k, k), put(cache.v, v))
 
 
 def token_structure(config: TokenLMConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from bytelm.evals.choices import Question, ask
+from bytelm.evals.chunk_quality import unit_starts
 from bytelm.evals.entrants import Continuing, entrants
 from bytelm.evals.suites import Material, units
 from bytelm.lm import NetworkLM
@@ -32,6 +33,18 @@ def test_an_encoder_decoder_continues(lm):
     assert written[0] == lm.generate(b"\xff", 8, input=b"abc\xff", temperature=0, stop=[b"\xfe"])
     right = ask(continuing, [Question(b"a", (b"bc", b"de"), 0)]).nats[0]
     assert right[0] == pytest.approx(continuing.score(b"bc", b"a").total, abs=1e-4)
+
+
+def test_long_texts_are_cut_in_pieces_of_the_trained_length():
+    """An encoder's work grows with the square of its input; what it keeps is looked at piece by piece."""
+    config = t5("learned")
+    lm = Seq2SeqLM(config, network(config, scale=2.0)[1], 32)
+    text = b"The owls of the old tower slept under it." * 3
+    (starts,) = unit_starts(Continuing(lm), text)
+    pieces = [chunk + at for at in range(0, len(text), 32) for chunk in lm.chunks(text[at : at + 32])]
+    np.testing.assert_array_equal(starts, [s for piece in pieces for s in piece if s > 0])
+    assert len(starts) and (np.diff(starts) > 0).all() and starts[-1] < len(text)
+    assert unit_starts(Continuing(lm), b"")[:1] in ([], [pytest.approx([])])
 
 
 def test_what_is_asked_of_whom(lm):
