@@ -4,6 +4,7 @@ training text in its tokens, found once and kept on disk."""
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 import unicodedata
@@ -22,6 +23,7 @@ from bytelm.data.readers import DataError
 from bytelm.data.sources import cache_folder
 from bytelm.data.tokens import RandomSplits, Recut, TokenIds, TokenText, ends_table
 
+LONGEST_WORD = 1024  # characters
 LEARNED_FROM = 256 << 20  # bytes of text at most that a tokenizer is learned from
 END = "<|endoftext|>"  # the control token of a tokenizer that is learned here
 
@@ -165,7 +167,18 @@ def _texts(sources: list[Corpus]) -> Iterator[str]:
                 return
             text = corpus.read(document, 0, left)
             left -= len(text)
-            yield text.decode(errors="replace")  # what is no text is refused later, with its place
+            yield from _stretches(text.decode(errors="replace"))  # what is no text is refused later, with its place
+
+
+def _stretches(text: str) -> Iterator[str]:
+    """A text, cut inside what has no white space for very long, or nothing else: the time that the trainer takes grows
+    with the square of the longest word (a million bases or binary digits: hours)."""
+    start = 0
+    for run in re.finditer(rf"\S{{{LONGEST_WORD},}}|\s{{{LONGEST_WORD},}}", text):
+        for cut in range(run.start() + LONGEST_WORD, run.end(), LONGEST_WORD):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
 
 
 def text_tokens(tokenizer: Tokenizer, sources: list[Corpus], cache_dir: str, note: Note) -> list[TokenText]:

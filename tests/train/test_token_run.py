@@ -29,7 +29,7 @@ from bytelm.data.tokens import RandomSplits, TokenPieces
 from bytelm.metrics import read_metrics
 from bytelm.plan import make_plan
 from bytelm.train.loop import train
-from bytelm.train.tokens import open_tokenizer, text_tokens
+from bytelm.train.tokens import _stretches, open_tokenizer, text_tokens
 from tiny import run_config
 
 STACK = StackConfig(layout="T2", d_model=32, num_heads=4, num_kv_heads=2, d_mlp=48)
@@ -109,6 +109,20 @@ def test_pieces_predict_every_token_once_and_say_where_they_are_from(texts, piec
     assert text == [t.encode() for t in TEXTS]
     for document, ids in enumerate(found):
         assert ids == [*stored.read(document).tolist(), tokenizer.ids.end]
+
+
+@pytest.mark.parametrize(
+    "text,lengths",
+    [
+        ("", [0]),
+        ("words and words " * 500, [8000]),
+        ("x" * 1024 + " y", [1026]),
+        ("a word " + "01" * 1500 + " end" + "\n" * 1100, [1031, 1024, 952 + 4 + 1024, 76]),
+    ],
+)
+def test_only_very_long_words_are_cut_for_learning(text, lengths):
+    found = list(_stretches(text))
+    assert "".join(found) == text and [len(part) for part in found] == lengths
 
 
 @settings(max_examples=60, deadline=None)
