@@ -15,7 +15,7 @@ from bytelm.evals.results import Result
 CUT = " Some contexts are longer than a model's window: it does not see their beginning, and models do not see alike."
 BASES = ("without", "clean")  # tasks of the noise suite that are no noise
 SPELLINGS = ("counting", "sums")  # suites that ask the same in several spellings
-ACCURACIES = ("cute", "charbench", "probes", "langgame", "counting", "sums", "traps", "records")
+ACCURACIES = ("cute", "charbench", "probes", "langgame", "counting", "sums", "traps")
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ class Summary:
     def tables(self) -> list[Table]:
         """The suites' tables: a row a model, a column a task."""
         each = map(self._accuracy, ACCURACIES), map(self._written, ACCURACIES)
-        found = [self._noise(), *each[0], *each[1], self._hellaswag(), self._words(), self._chunks(),
-                 self._languages(), self._morphemes(), self._variants()]  # fmt: skip
+        found = [self._noise(), *each[0], *each[1], self._accuracy("records"), self._hellaswag(), self._words(),
+                 self._chunks(), self._languages(), self._morphemes(), self._variants()]  # fmt: skip
         return [table for table in found if table]
 
     def _noise(self) -> Table | None:
