@@ -107,7 +107,7 @@ def headline(summary: Summary) -> RichTable:
     """The headline table for a terminal: a column a model, as figures are many and models few."""
     source = summary.headline()
     table = RichTable(box=None, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for row in source.rows:
         table.add_column(escape(row[0]), justify="right", overflow="fold")
     for n, name in enumerate(source.columns[1:], 1):

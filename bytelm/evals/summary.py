@@ -139,7 +139,7 @@ class Summary:
                 numbers = {k: v if v is not None and math.isfinite(v) else None for k, v in result.metrics.items()}
                 out.setdefault(model, {}).setdefault(suite, {})[task] = numbers
         for model in self.models:
-            for rule in self.rules() if self.of(model, "noise") else ():
+            for rule in (rule for rule in self.rules() if rule in self.of(model, "noise")):
                 share = self.recovered(model, rule)
                 out[model]["noise"][rule]["recovered"] = share if math.isfinite(share) else None
         return out

@@ -220,6 +220,9 @@ def test_recovered_by_hand():
     nats = {"without": [10.0, 6.0], "clean": [6.0, 2.0], "drop": [8.0, 5.0]}
     results = [Result(t, "m", "noise", t, {"bpb": 1.0}, {"nats": n, "bytes": [1, 1]}) for t, n in nats.items()]
     assert Summary(results).recovered("m", "drop") == pytest.approx((16 - 13) / (16 - 8))
+    begun = Result("n", "begun", "noise", "without", {"bpb": 1.0}, {"nats": [1.0], "bytes": [1]})  # and was stopped
+    record = Summary([*results, begun]).record()
+    assert record["begun"]["noise"] == {"without": {"bpb": 1.0}} and "recovered" in record["m"]["noise"]["drop"]
     assert math.isnan(noisy.recovered(5, 5, 4)) and noisy.recovered(10, 6, 12) == -0.5
 
 
