@@ -44,16 +44,17 @@ class Results:
         self._whole = self._torn = 0  # bytes of whole lines; size of the file, where a line behind them is torn
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         for n, line in enumerate(lines, 1):
-            if n == len(lines) and not line.endswith(b"\n"):
-                self._torn = self._whole + len(line)
-                break
             try:
                 result = Result(**json.loads(line))
                 self.found[result.key] = dataclasses.replace(result, metrics=_back(result.metrics))
             except (ValueError, TypeError, AttributeError):
+                if not line.endswith(b"\n"):
+                    self._torn = self._whole + len(line)
+                    break
                 raise ConfigError(f"{self.path}: line {n} is no result of this version of bytelm: move the file away, "
                                   "or name another folder") from None  # fmt: skip
             self._whole += len(line)
+        self._open = bool(lines) and not self._torn and not lines[-1].endswith(b"\n")  # the last line has no end
 
     def add(self, result: Result) -> None:
         """Adds a result and writes it now."""
@@ -62,8 +63,10 @@ class Results:
         with self.path.open("ab") as file:
             if self._torn and file.tell() == self._torn:
                 file.truncate(self._whole)
+            elif self._open:
+                file.write(b"\n")
             file.write(line.encode("utf-8", "backslashreplace"))
-        self._torn = 0
+        self._torn, self._open = 0, False
         self.found[result.key] = result
 
     def latest(self, names: Sequence[str] = ()) -> list[Result]:

@@ -404,6 +404,10 @@ def test_latest_results(tmp_path):
     again = Results(tmp_path)
     assert [(r.key, r.model) for r in again.latest()] == [("c", "m (tokens)"), ("b", "n")]
     assert [r.key for r in again.latest(["m"])] == ["c"] and again.latest(["o"]) == []
+    results.path.write_bytes(results.path.read_bytes().rstrip(b"\n"))  # as files are that are joined by hand
+    more = Results(tmp_path)
+    more.add(Result("d", "n", "bpb", "text", {}))
+    assert list(more.found) == list(Results(tmp_path).found) == ["a", "b", "c", "d"]
 
 
 def test_results_outlive_a_crash(tmp_path):
