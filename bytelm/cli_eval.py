@@ -17,7 +17,6 @@ EXIT_OK, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 0, 1, 75
 # Options of suites alone, and such as only one figure of one model has.
 FOR_SUITES = ("full", "passages", "items", "written", "cute", "hellaswag", "misspellings", "words", "parallel",
               "tokenizer", "morphemes", "records", "seed")  # fmt: skip
-FACTS = "facts.json"  # in the results' folder: what the last run measured, on what
 FOR_ONE = ("window", "max_bytes", "task")
 COMPARE_LIMIT = 256 << 20  # bytes of training text that --compare is willing to compress
 
@@ -277,7 +276,7 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
     from bytelm.data.sources import open_corpus
     from bytelm.evals import suites
     from bytelm.evals.results import Results
-    from bytelm.evals.runner import facts, run_units
+    from bytelm.evals.runner import facts, keep_facts, run_units
 
     for field in FOR_ONE:
         if getattr(options, field):
@@ -335,7 +334,7 @@ def _run_suites(options: EvalOptions, names: list[str], out: Path) -> int:
     if not found:
         raise ConfigError("; ".join(failed))
     about = facts(options.model, name, wanted, material)
-    (out / FACTS).write_text(json.dumps({"facts": about, "lines": lines}), encoding="utf-8")
+    keep_facts(out, about, lines, units)
     _show(options, found, lines, about, out, console)
     left = [f"{s} (--{field})" for s, field in suites.NEEDS.items() if s not in wanted]
     if left and not names and not options.json:
@@ -350,16 +349,17 @@ def _report(options: EvalOptions, names: list[str], out: Path) -> int:
     from rich.console import Console
 
     from bytelm.evals.results import Results
-    from bytelm.evals.runner import names_of
+    from bytelm.evals.runner import kept_facts, names_of
 
     if not (out / "results.jsonl").exists():
         raise ConfigError(f"--report: {out} holds no results.jsonl")
     wanted = ["model", *names, *(f"{name}-written" for name in names)]
-    found = Results(out).latest(names_of(options.model))
+    kept = kept_facts(out)
+    models = {name for path in options.model for name in (*names_of([path]), str(path))}
+    found = Results(out).latest(kept.get("sets", {}), models)
     found = [result for result in found if not names or result.suite in wanted]
-    if not found:
+    if all(result.suite == "model" for result in found):
         raise ConfigError(f"--report: {out / 'results.jsonl'} has no results of these models and suites")
-    kept = json.loads((out / FACTS).read_text(encoding="utf-8")) if (out / FACTS).exists() else {}
     _show(options, found, kept.get("lines", {}), kept.get("facts", {}), out, Console(highlight=False))
     return EXIT_OK
 

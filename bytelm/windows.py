@@ -88,3 +88,9 @@ def alike(pairs: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, list[tuple[
         runs.append((context, [(context, text)]))
         longest = len(context)
     return runs
+
+
+def end_of(text: bytes, room: int) -> bytes:
+    """The end of a text that fits, from the beginning of a character."""
+    end = text[max(len(text) - max(room, 0), 0) :]
+    return end[next((n for n, byte in enumerate(end[:4]) if byte & 0xC0 != 0x80), 0) :]

@@ -9,6 +9,7 @@ import pytest
 import bytelm
 from bytelm import codec
 from bytelm.cli import run as cli
+from bytelm.evals.runner import identity
 from bytelm.train.loop import train
 from tiny import run_config
 
@@ -124,6 +125,32 @@ def test_eval_of_several_models_where_one_is_broken(trained, tmp_path, capsys):
     assert cli(["eval", "--report", "--out", str(out)]) == 0
     assert "typo_swap" in (out / "report.html").read_text() and "--report" not in capsys.readouterr().err
     assert cli(["eval", "other", "--report", "--out", str(out)]) == 2
+    assert cli(["eval", str(moved), "--report", "--out", str(out)]) == 0
+    assert cli(["eval", "--report", "--suite", "cute", "--out", str(out)]) == 2
+    capsys.readouterr()
+    assert (
+        cli(["eval", str(trained), *more[:2], "--items", "1", *more[2:], "--seed", "3", "--json"]) == 0
+    )  # another set
+    assert cli(["eval", str(trained), *more, "--json"]) == 0  # known, and what --report shows again
+    wanted = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert cli(["eval", "--report", "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"] == wanted["run"]
+
+
+def test_results_inside_of_models_are_not_theirs(tmp_path):
+    """What a model is does not depend on where its results go, and two models stay two."""
+    for name in "ab":
+        (tmp_path / name / "results").mkdir(parents=True)
+        (tmp_path / name / "model.safetensors").write_text(name)
+        (tmp_path / name / "results" / "results.jsonl").write_text(name)
+    a, b = tmp_path / "a", tmp_path / "b"
+    for out in (tmp_path, tmp_path / "out"):
+        assert identity(a, "latest", out) != identity(b, "latest", out) and identity(a, "latest", out)
+    inside = identity(a, "latest", a / "results")
+    assert [name for name, _ in inside] == ["model.safetensors"]
+    for name in ("results.jsonl", "report.html", "noise.png"):
+        (a / name).write_text("x")
+    assert [name for name, _ in identity(a, "latest", a)] == ["model.safetensors", "results/results.jsonl"]
     assert cli(["eval", "--report", "--out", str(tmp_path / "empty")]) == 2
 
 

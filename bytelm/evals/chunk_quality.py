@@ -196,6 +196,8 @@ def read_parallel(folder: Path, most: int) -> tuple[dict[str, list[bytes]], bool
     total = len(next(iter(texts.values())))
     aligned = all(len(lines) == total for lines in texts.values())
     if aligned:
+        full = [n for n in range(total) if all(lines[n].strip() for lines in texts.values())]
+        texts, total = {language: [lines[n] for n in full] for language, lines in texts.items()}, len(full)
         kept = [n * total // min(most or total, total) for n in range(min(most or total, total))]
         texts = {language: [lines[n] for n in kept] for language, lines in texts.items()}
     texts = {language: [line for line in lines if line.strip()] for language, lines in texts.items()}

@@ -14,6 +14,7 @@ from bytelm.config import ConfigError
 from bytelm.evals.entrants import entrants
 from bytelm.lm import load
 from bytelm.protocol import ByteLM
+from bytelm.windows import end_of
 
 try:
     from lm_eval.api.model import LM  # pyrefly: ignore[missing-import]
@@ -56,7 +57,7 @@ class HarnessLM(LM):
         if flags is not None:
             return bool(flags.all())
         wanted, before = text.encode(), context.encode()
-        before = _end_of(before, self.lm.window - len(wanted))
+        before = end_of(before, self.lm.window - len(wanted))
         return self.lm.generate(before, len(wanted), temperature=0) == wanted
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -79,18 +80,12 @@ class HarnessLM(LM):
                 prompts = [requests[n].args[0].encode() for n in part]
                 if isinstance(self.lm, TokenizedLM):  # others go on from what they see of a long prompt
                     room = max(self.lm.window - most, self.lm.window // 2)
-                    most, prompts = min(most, self.lm.window - room), [_end_of(p, room) for p in prompts]
+                    most, prompts = min(most, self.lm.window - room), [end_of(p, room) for p in prompts]
                 written = self.lm.generate_batch(prompts, most, temperature=temperature, top_p=top_p,
                                                  stop=[s for s in stop if s])  # fmt: skip
                 for n, text in zip(part, written):
                     out[n] = text.decode("utf-8", "replace")
         return out
-
-
-def _end_of(text: bytes, room: int) -> bytes:
-    """The end of a text that fits, from the beginning of a character."""
-    end = text[max(len(text) - max(room, 0), 0) :]
-    return end[next((n for n, byte in enumerate(end[:4]) if byte & 0xC0 != 0x80), 0) :]
 
 
 def bpb_task(name: str, files: Sequence[str | Path]) -> dict[str, Any]:

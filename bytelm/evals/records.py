@@ -8,6 +8,7 @@
 
 import json
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from bytelm.config import ConfigError
 from bytelm.protocol import ByteLM
+from bytelm.windows import end_of
 
 GROUP = 128  # records scored at once
 
@@ -32,12 +34,13 @@ class Record:
 def read_records(path: Path) -> list[Record]:
     """The records of a file. Raises ConfigError naming the line that is none, or of another form than the first."""
     found: list[Record] = []
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+    with path.open("rb") as file:
         for n, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                found.append(_record(json.loads(line)))
+                fields = json.loads(line.decode("utf-8-sig" if n == 1 else "utf-8"))
+                found.append(_record(fields))
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
                 raise ConfigError(f"{path}: line {n} is none of the forms {{query, choices, gold}}, {{context_options, "
                                   f"continuation, gold}}, {{context, continuation}}: {e!r}") from None  # fmt: skip
@@ -50,12 +53,16 @@ def read_records(path: Path) -> list[Record]:
 
 def _record(fields: dict[str, Any]) -> Record:
     if "choices" in fields:
+        if not isinstance(fields["choices"], list):
+            raise ValueError("choices must be a list")
         pairs = [(fields["query"], choice) for choice in fields["choices"]]
     elif "context_options" in fields:
         pairs = [(context, fields["continuation"]) for context in fields["context_options"]]
     else:
+        if not fields["continuation"]:
+            raise ValueError("an empty continuation")
         return Record((_joined(fields["context"], fields["continuation"]),), 0)
-    gold = int(fields["gold"])
+    gold = operator.index(fields["gold"])
     if len(pairs) < 2 or not 0 <= gold < len(pairs):
         raise ValueError("two choices or more are needed, and gold among them")
     return Record(tuple(_joined(*pair) for pair in pairs), gold)
@@ -65,11 +72,6 @@ def _joined(context: str, ending: str) -> tuple[bytes, bytes]:
     """With a space between them where neither has white space there."""
     apart = not context or context[-1:].isspace() or ending[:1].isspace()
     return context.encode(), (ending if apart else f" {ending}").encode()
-
-
-def chance(records: Sequence[Record]) -> float:
-    """What guessing gives; nan where something is to be written."""
-    return float(np.mean([1 / len(r.pairs) if len(r.pairs) > 1 else math.nan for r in records]))
 
 
 def records_unit(lm: ByteLM, records: Sequence[Record]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -102,10 +104,10 @@ def records_unit(lm: ByteLM, records: Sequence[Record]) -> tuple[dict[str, float
             best = int(np.argmax(values))
             right[by].append(best == record.gold and math.isfinite(values[best]))
     metrics = {"accuracy": float(np.mean(right["gain"])), "accuracy_bytes": float(np.mean(right["bytes"])),
-               "chance": chance(records), "items": float(len(records))}  # fmt: skip
+               "chance": float(np.mean([1 / len(r.pairs) for r in records])), "items": float(len(records))}  # fmt: skip
     return metrics, {by: "".join(map(str, map(int, flags))) for by, flags in right.items()}
 
 
 def _writes(lm: ByteLM, context: bytes, ending: bytes) -> bool:
-    """Whether greedy decoding behind a context writes an ending."""
-    return lm.generate(context, len(ending), temperature=0) == ending
+    """Whether greedy decoding behind a context, or the end of it that fits, writes an ending."""
+    return lm.generate(end_of(context, lm.window - len(ending)), len(ending), temperature=0) == ending

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ class Result:
     task: str
     metrics: Mapping[str, float | None]
     details: Mapping[str, Any] = field(default_factory=dict)  # by item, for intervals and plots
+    set: str = ""  # stands for all that its suite asked beside it: results of one set can be held against each other
 
 
 def key_of(**decides: Any) -> str:
@@ -41,12 +42,14 @@ class Results:
         except FileExistsError:
             raise ConfigError(f"{folder}: is a file; --out names a folder") from None
         self.found: dict[str, Result] = {}
+        self._lines: list[Result] = []
         self._whole = self._torn = 0  # bytes of whole lines; size of the file, where a line behind them is torn
         lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         for n, line in enumerate(lines, 1):
             try:
                 result = Result(**json.loads(line))
-                self.found[result.key] = dataclasses.replace(result, metrics=_back(result.metrics))
+                result = dataclasses.replace(result, metrics=_back(result.metrics))
+                self.found[result.key] = result
             except (ValueError, TypeError, AttributeError):
                 if not line.endswith(b"\n"):
                     self._torn = self._whole + len(line)
@@ -54,6 +57,7 @@ class Results:
                 raise ConfigError(f"{self.path}: line {n} is no result of this version of bytelm: move the file away, "
                                   "or name another folder") from None  # fmt: skip
             self._whole += len(line)
+            self._lines.append(result)
         self._open = bool(lines) and not self._torn and not lines[-1].endswith(b"\n")  # the last line has no end
 
     def add(self, result: Result) -> None:
@@ -68,12 +72,14 @@ class Results:
             file.write(line.encode("utf-8", "backslashreplace"))
         self._torn, self._open = 0, False
         self.found[result.key] = result
+        self._lines.append(result)
 
-    def latest(self, names: Sequence[str] = ()) -> list[Result]:
-        """The last result of each model and task, models and tasks in the order of the file; of some models, by name,
-        or of all."""
-        last = {(r.model, r.suite, r.task): r for r in self.found.values()}
-        return [r for r in last.values() if not names or r.model in names or r.model.rpartition(" (")[0] in names]
+    def latest(self, sets: Mapping[str, str], names: Set[str] = frozenset()) -> list[Result]:
+        """The last result of each model and task, in the order of the file: of each suite the set named, or the last in
+        the file; of all models, or of some, by name."""
+        sets = {r.suite: r.set for r in self._lines} | dict(sets)
+        last = {(r.model, r.suite, r.task): r for r in self._lines if r.set == sets[r.suite]}
+        return [r for r in last.values() if not names or names & {r.model, r.model.rpartition(" (")[0]}]
 
 
 def _back(metrics: Mapping[str, float | None]) -> dict[str, float]:

@@ -1,11 +1,12 @@
 """Runs units of suites over models: what is done is written down at once and not done again."""
 
-import dataclasses
 import datetime
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -23,7 +24,10 @@ from bytelm.metrics import versions
 from bytelm.protocol import ByteLM, ImpossibleText
 from bytelm.vocab import ReservedByteError
 
-FAULTS = (ConfigError, CheckpointError, OSError)  # of one model, which the others need not wait for
+# Of one model, which the others need not wait for.
+FAULTS = (ConfigError, CheckpointError, OSError, MemoryError, jax.errors.JaxRuntimeError)
+FACTS = "facts.json"  # in the results' folder: what the last run measured, on what
+WRITTEN = ("results.jsonl", FACTS, "report.html")  # by an evaluation, beside pictures
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -35,15 +39,27 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 def identity(path: Path, checkpoint: str, out: Path) -> list[tuple[str, str]]:
     """What a model's files are: their names in its folder, and hashes of what they hold; without those in the results'
     folder `out`. A copy on another machine is the same model."""
+    inside = path.resolve() in out.resolve().parents
     if path.is_dir() and (list_steps(path / "checkpoints") or list_steps(path / "best")):
         path = find_checkpoint(path, checkpoint)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    files = [p for p in files if out.resolve() not in p.resolve().parents]
+    if inside:
+        files = [p for p in files if out.resolve() not in p.resolve().parents]
+    elif path.resolve() == out.resolve():
+        files = [p for p in files if p.parent != path or (p.name not in WRITTEN and p.suffix != ".png")]
     found = []
     for p in files:
         with p.open("rb") as file:
             found.append((p.relative_to(path).as_posix(), hashlib.file_digest(file, "blake2b").hexdigest()))
     return found
+
+
+def sets_of(units: Sequence[Unit]) -> dict[str, str]:
+    """A short name for all that each suite asks."""
+    asked: dict[str, list] = {}
+    for unit in units:
+        asked.setdefault(unit.suite, []).append((unit.task, unit.decides))
+    return {suite: key_of(version=VERSION, asked=each) for suite, each in asked.items()}
 
 
 def run_units(
@@ -58,7 +74,7 @@ def run_units(
     same call tries again. `how` is all that decides, beside its files, what `load` gives: its checkpoint among it. A
     unit whose text a model cannot have (no text of its tokenizer begins with it, bytes that it keeps for itself) has no
     figures, and its details say why. A single model that cannot be loaded raises."""
-    found, failed = [], []
+    found, failed, sets = [], [], sets_of(units)
 
     def fail(what: str, error: Exception) -> None:
         failed.append(f"{what}: {error}")
@@ -92,11 +108,14 @@ def run_units(
                         except (*FAULTS, FloatingPointError) as e:
                             fail(f"{entrant.name}, {unit.suite} {unit.task}", e)
                             continue
-                        results.add(Result(key, entrant.name, unit.suite, unit.task, metrics, details))
                         done += 1
                     else:
+                        metrics, details = results.found[key].metrics, results.found[key].details
                         known += 1
-                    found.append(dataclasses.replace(results.found[key], model=entrant.name))
+                    result = Result(key, entrant.name, unit.suite, unit.task, metrics, details, sets[unit.suite])
+                    if results.found.get(key) != result:  # new, or known under another name or in another set
+                        results.add(result)
+                    found.append(result)
                 progress.remove_task(task)
                 console.print(f"{entrant.name}: {done} tasks done in {time.perf_counter() - began:.0f} s, "
                               f"{known} known", markup=False)  # fmt: skip
@@ -126,3 +145,21 @@ def facts(paths: Sequence[Path], text: str, suites: Sequence[str], material: Mat
         "versions": ", ".join(f"{k} {v}" for k, v in versions().items()),
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip
+
+
+def keep_facts(out: Path, about: Mapping[str, str], lines: Mapping[str, float], units: Sequence[Unit]) -> None:
+    """Writes down what a run was, for `--report`: its facts, compressor lines (without any, those of the run before),
+    and the sets that it asked."""
+    kept = {"facts": about, "lines": lines or kept_facts(out).get("lines", {}), "sets": sets_of(units)}
+    temporary = (out / FACTS).with_suffix(".tmp")
+    temporary.write_text(json.dumps(kept), encoding="utf-8")
+    temporary.replace(out / FACTS)
+
+
+def kept_facts(out: Path) -> dict[str, Any]:
+    """What the last run in a folder was; nothing where there is none, or another program's file."""
+    try:
+        kept = json.loads((out / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) and kept.keys() == {"facts", "lines", "sets"} else {}

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -62,7 +62,7 @@ class Material:
     hellaswag: Path | None = None  # JSONL in the published format
     misspellings: Path | None = None  # lines `typo->word`
     words: Path | None = None  # text to take words from; none: the text
-    parallel: Path | None = None  # folder of LANGUAGE.txt with a sentence a line, en.txt among them
+    parallel: Path | None = None  # folder of LANGUAGE.txt with a sentence a line, en.txt or eng.txt among them
     tokenizer: Path | None = None  # tokenized model whose tokens set the traps
     morphemes: tuple[Path, ...] = ()  # files of words and their morphemes (SIGMORPHON 2022)
     records: tuple[Path, ...] = ()  # JSONL files of questions (`records.py`)
@@ -233,7 +233,7 @@ def _asked(suite: str, task: str, questions: list[Question], chance: float, *, w
 def _words(material: Material, table: Mapping[str, Any], suite: str) -> Iterator[Unit]:
     for task in table:
         questions = word_tasks.questions(material.word_counts, task, material.sizes.items, material.seed)
-        single = task not in ("substring", "unscramble")  # these have several right answers
+        single = task not in ("substring", "common_substring", "unscramble")  # these have several right answers
         yield from _asked(suite, task, questions, word_tasks.CHANCE[task], writes=single)
 
 
@@ -282,7 +282,7 @@ def _languages(material: Material) -> Iterator[Unit]:
         raise ConfigError("suite languages: needs parallel text, a folder of LANGUAGE.txt: --parallel DIR")
     texts, aligned = chunk_quality.read_parallel(material.parallel, material.sizes.sentences)
     for language, sentences in texts.items():
-        decides = {"sentences": [s.hex() for s in sentences]}
+        decides = {"sentences": [s.hex() for s in sentences], "aligned": aligned}
 
         def run(entrant: Entrant, sentences=sentences) -> Found:
             metrics, details = chunk_quality.language_unit(entrant, sentences)
@@ -301,7 +301,12 @@ def _morphemes(material: Material) -> Iterator[Unit]:
         def run(entrant: Entrant, words=words) -> Found:
             return chunk_quality.morpheme_unit(entrant, words)
 
-        yield Unit("morphemes", str(path), {"words": words}, run, chunk_quality.has_chunks)
+        yield Unit("morphemes", _label(path, material.morphemes), {"words": words}, run, chunk_quality.has_chunks)
+
+
+def _label(path: Path, among: Sequence[Path]) -> str:
+    """What the task of a file is called."""
+    return path.stem if [p.stem for p in among].count(path.stem) == 1 else str(path)
 
 
 def _records(material: Material) -> Iterator[Unit]:
@@ -315,7 +320,7 @@ def _records(material: Material) -> Iterator[Unit]:
             cut = np.mean([longer(entrant.lm, max(map(b"".join, row.pairs), key=len)) for row in rows])
             return metrics | {"cut": float(cut)}, details
 
-        yield Unit("records", path.stem, {"rows": [dataclasses.astuple(row) for row in rows]}, run)
+        yield Unit("records", _label(path, material.records), {"rows": [dataclasses.astuple(row) for row in rows]}, run)
 
 
 def _traps(material: Material) -> Iterator[Unit]:

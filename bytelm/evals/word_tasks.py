@@ -98,7 +98,8 @@ def _substring(word: str, draws: Draws, words: Sequence[str]) -> Case:
 
 
 def _common(word: str, draws: Draws, words: Sequence[str]) -> Case:
-    """The longest letters that two words share, three or more; wrong are letters of one of them, or of none."""
+    """The longest letters that two words share, three or more; wrong are as many letters of one of
+    them. No case where too few are wrong."""
     word = word.lower()
     for _ in range(200):
         other = words[draws.below(len(words))].lower()
@@ -110,7 +111,7 @@ def _common(word: str, draws: Draws, words: Sequence[str]) -> Case:
     size = len(shared)
     own = [w[i : i + size] for w in (word, other) for i in range(len(w) - size + 1)]
     wrong = [part for part in draws.shuffled(sorted(set(own))) if not (part in word and part in other)]
-    return _letters(f'Which letters do "{word}" and "{other}" share?', shared, draws, wrong)
+    return Case(f'Which letters do "{word}" and "{other}" share?', shared, tuple(wrong[:3]))
 
 
 def _shared(a: str, b: str) -> str:

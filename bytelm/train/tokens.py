@@ -174,7 +174,7 @@ def _stretches(text: str) -> Iterator[str]:
     """A text, cut inside what has no white space for very long, or nothing else: the time that the trainer takes grows
     with the square of the longest word (a million bases or binary digits: hours)."""
     start = 0
-    for run in re.finditer(rf"\S{{{LONGEST_WORD},}}|\s{{{LONGEST_WORD},}}", text):
+    for run in re.finditer(rf"(?<!\S)\S{{{LONGEST_WORD},}}|(?<!\s)\s{{{LONGEST_WORD},}}", text):
         for cut in range(run.start() + LONGEST_WORD, run.end(), LONGEST_WORD):
             yield text[start:cut]
             start = cut

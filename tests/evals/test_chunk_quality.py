@@ -141,6 +141,8 @@ def test_languages(tmp_path):
     results = [Result(t, "s", "languages", t, language_unit(Entrant("s", Spaces()), texts[t])[0]) for t in texts]
     (table,) = Summary(results).tables()
     assert table.rows == [["s, bytes", "1.00", "2.08"], ["s, units", "1.00", "1.67"], ["s, bits", "1.00", "2.08"]]
+    (tmp_path / "yy.txt").write_text("\nlinea\n")  # where a line is missing in one, it counts in none
+    assert read_parallel(tmp_path, 0) == ({"en": [b"three"], "xx": [b"quattro cinque"], "yy": [b"linea"]}, True)
     (tmp_path / "yy.txt").write_text("only one line\n\n\n")
     assert read_parallel(tmp_path, 1) == (texts | {"yy": [b"only one line"]}, False)  # each taken whole
     (tmp_path / "yy.txt").write_text(" \n")

@@ -19,6 +19,7 @@ from bytelm.evals.results import Result, Results, key_of
 from bytelm.evals.suites import SUITES, Material, Sizes, units
 from bytelm.evals.summary import Summary
 from bytelm.evals.variants import PAIRS, variants_unit
+from bytelm.protocol import Score
 from models import Knows, Table, uniform
 
 TEXT = ("It was the best of times, it was the worst of times; wisdom and foolishness together. "
@@ -183,6 +184,21 @@ def test_written_answers(material):
         unit = next(u for u in units(["cute"], material, True) if (u.suite, u.task) == ("cute-written", task))
         metrics, details = unit.run(entrant)
         assert metrics["accuracy"] == 1, details
+
+
+class Short(Table):
+    """Has room for 64 bytes, and does not say what is greedy."""
+
+    def __init__(self):
+        super().__init__(np.full((257, 257), -math.log(257)))
+        self.window = 64
+
+    def score_batch(self, *args, **more):
+        return [Score(s.total, s.per_byte) for s in super().score_batch(*args, **more)]
+
+    def generate(self, prompt, max_bytes=200, **more):
+        assert len(prompt) + max_bytes <= self.window
+        return b""
 
 
 def test_records_in_the_three_forms(tmp_path):
@@ -402,12 +418,23 @@ def test_latest_results(tmp_path):
     for key, model, bits in (("a", "m (tokens)", 2.0), ("b", "n", 3.0), ("c", "m (tokens)", 1.0)):
         results.add(Result(key, model, "bpb", "text", {"bpb": bits}))
     again = Results(tmp_path)
-    assert [(r.key, r.model) for r in again.latest()] == [("c", "m (tokens)"), ("b", "n")]
-    assert [r.key for r in again.latest(["m"])] == ["c"] and again.latest(["o"]) == []
+    assert [(r.key, r.model) for r in again.latest({})] == [("c", "m (tokens)"), ("b", "n")]
+    assert [r.key for r in again.latest({}, {"m"})] == ["c"] and again.latest({}, {"o"}) == []
     results.path.write_bytes(results.path.read_bytes().rstrip(b"\n"))  # as files are that are joined by hand
     more = Results(tmp_path)
     more.add(Result("d", "n", "bpb", "text", {}))
     assert list(more.found) == list(Results(tmp_path).found) == ["a", "b", "c", "d"]
+
+
+def test_results_of_one_set_are_shown_together(tmp_path):
+    """Another seed or size was asked, and stopped: its results do not mix with those of the whole one before."""
+    results = Results(tmp_path)
+    for key, task, which, nats in (("a", "without", "s", [3.0, 3.0]), ("b", "clean", "s", [1.0, 1.0]),
+                                   ("c", "drop", "s", [2.0, 2.0]), ("d", "without", "t", [9.0])):  # fmt: skip
+        results.add(Result(key, "m", "noise", task, {"bpb": 1.0}, {"nats": nats, "bytes": [1]}, which))
+    assert [r.key for r in Results(tmp_path).latest({})] == ["d"]
+    shown = Results(tmp_path).latest({"noise": "s"})
+    assert [r.key for r in shown] == ["a", "b", "c"] and Summary(shown).recovered("m", "drop") == 0.5
 
 
 def test_results_outlive_a_crash(tmp_path):
