@@ -377,7 +377,8 @@ def _show(
     if options.json:
         print(json.dumps(summary.record()))
         return
-    console.print(headline(summary))
+    for table in headline(summary, console.width):
+        console.print(table)
     console.print(f"{report}   {out / 'results.jsonl'}", markup=False)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from bytelm.evals.summary import Summary
 
 COLOURS = ("#2b5f9e", "#c8502d", "#3d8b57", "#8a5fa8", "#b08a1f", "#4aa3a8", "#a0485f", "#6b6b6b")
+MARKS = "oDs^"  # a round of colours each
 
 
 def draw(summary: Summary, folder: Path) -> list[tuple[Path, str]]:
@@ -74,7 +75,8 @@ def _dots(
     for n, (model, each) in enumerate(values.items()):
         shift = (n - (len(values) - 1) / 2) * step
         colour = _colour(summary, model)
-        axes.plot([v if low <= v <= high else math.nan for v in each], [p - shift for p in places], "o", color=colour,
+        within = [v if low <= v <= high else math.nan for v in each]
+        axes.plot(within, [p - shift for p in places], _mark(summary, model), color=colour,
                   markersize=6, label=model)  # fmt: skip
         for value, place in zip(each, places):  # what is further out stands at the edge, as an arrow
             if value < low or value > high:
@@ -96,8 +98,7 @@ def _noise(summary: Summary, path: Path) -> bool:
 def _cute(summary: Summary, path: Path) -> bool:
     tasks = summary.tasks("cute")
     values = {m: [100 * summary.metric(m, "cute", task, "accuracy") for task in tasks] for m in summary.models}
-    chance = [100 * next(summary.metric(m, "cute", t, "chance") for m in summary.models if t in summary.of(m, "cute"))
-              for t in tasks]  # fmt: skip
+    chance = [100 * summary.chance_of("cute", task) for task in tasks]
     return _dots(summary, path, tasks, values, "questions right, per cent", chance)
 
 
@@ -112,8 +113,8 @@ def _lengths(summary: Summary, path: Path) -> bool:
     figure, axes = _figure(8, 4)
     for model, counts in found.items():
         total = sum(counts)
-        axes.plot(range(1, len(counts)), [100 * c / total for c in counts[1:]], "o-", markersize=3, linewidth=1.2,
-                  color=_colour(summary, model), label=model)  # fmt: skip
+        axes.plot(range(1, len(counts)), [100 * c / total for c in counts[1:]], f"{_mark(summary, model)}-",
+                  markersize=3, linewidth=1.2, color=_colour(summary, model), label=model)  # fmt: skip
     axes.set_xlabel("bytes of a unit (32 and more together)")
     axes.set_ylabel("share of units, per cent")
     axes.grid(alpha=0.25)
@@ -123,3 +124,7 @@ def _lengths(summary: Summary, path: Path) -> bool:
 
 def _colour(summary: Summary, model: str) -> str:
     return COLOURS[summary.models.index(model) % len(COLOURS)]
+
+
+def _mark(summary: Summary, model: str) -> str:
+    return MARKS[summary.models.index(model) // len(COLOURS) % len(MARKS)]

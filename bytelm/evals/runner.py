@@ -26,6 +26,7 @@ from bytelm.vocab import ReservedByteError
 
 # Of one model, which the others need not wait for.
 FAULTS = (ConfigError, CheckpointError, OSError, MemoryError, jax.errors.JaxRuntimeError)
+LABEL, COLUMN = 24, 14  # characters of the headline's first column, and of the others
 FACTS = "facts.json"  # in the results' folder: what the last run measured, on what
 WRITTEN = ("results.jsonl", FACTS, "report.html")  # by an evaluation, beside pictures
 
@@ -122,16 +123,22 @@ def run_units(
     return found, failed
 
 
-def headline(summary: Summary) -> RichTable:
-    """The headline table for a terminal: a column a model, as figures are many and models few."""
+def headline(summary: Summary, width: int = 80) -> list[RichTable]:
+    """The headline table for a terminal of some width: a column a model, as figures are many and models few; in as many
+    tables as it takes."""
     source = summary.headline()
-    table = RichTable(box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for row in source.rows:
-        table.add_column(escape(row[0]), justify="right", overflow="fold")
-    for n, name in enumerate(source.columns[1:], 1):
-        table.add_row(name, *(row[n] for row in source.rows))
-    return table
+    each = max((width - LABEL) // COLUMN, 1)
+    tables = []
+    for begin in range(0, len(source.rows), each):
+        rows = source.rows[begin : begin + each]
+        table = RichTable(box=None, pad_edge=False)
+        table.add_column("", no_wrap=True, min_width=LABEL - 2)
+        for row in rows:
+            table.add_column(escape(row[0]), justify="right", overflow="fold", min_width=COLUMN - 2)
+        for n, name in enumerate(source.columns[1:], 1):
+            table.add_row(name, *(row[n] for row in rows))
+        tables.append(table)
+    return tables
 
 
 def facts(paths: Sequence[Path], text: str, suites: Sequence[str], material: Material) -> dict[str, str]:

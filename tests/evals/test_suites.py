@@ -1,6 +1,7 @@
 """The suites' oracles: a uniform model is at chance and at eight bits, one that knows the answers is at 100 %, figures
 that are worked out by hand; what a stopped evaluation keeps."""
 
+import io
 import json
 import math
 from itertools import islice, pairwise, product
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from bytelm.config import ConfigError
 from bytelm.data.noise import Draws
@@ -16,6 +18,7 @@ from bytelm.evals import counting, cute, hellaswag, langgame, noisy, records, tr
 from bytelm.evals.choices import Question, ask, corruptions, interval
 from bytelm.evals.entrants import Entrant
 from bytelm.evals.results import Result, Results, key_of
+from bytelm.evals.runner import headline
 from bytelm.evals.suites import SUITES, Material, Sizes, units
 from bytelm.evals.summary import Summary
 from bytelm.evals.variants import PAIRS, variants_unit
@@ -424,6 +427,19 @@ def test_latest_results(tmp_path):
     more = Results(tmp_path)
     more.add(Result("d", "n", "bpb", "text", {}))
     assert list(more.found) == list(Results(tmp_path).found) == ["a", "b", "c", "d"]
+
+
+def test_the_headline_fits_a_terminal():
+    """Nine models, names of which are long: whole figures, every model."""
+    names = [f"run{n}" for n in range(8)] + ["SmolLM2-135M-Instruct.Q4_1 (bytes)"]
+    results = [Result(n, n, "bpb", "text", {"bpb": 1.234}) for n in names]
+    results += [Result(f"{n} size", n, "model", "size", {"parameters": 1.2e6, "window_tokens": 8192.0}) for n in names]
+    console = Console(width=80, record=True, file=io.StringIO())
+    for table in headline(Summary(results), console.width):
+        console.print(table)
+    said = console.export_text()
+    assert said.count("1.234") == said.count("1.2 M") == said.count("8,192 tokens") == 9
+    assert all(name in said for name in names[:8]) and "SmolLM2" in said and max(map(len, said.splitlines())) <= 80
 
 
 def test_results_of_one_set_are_shown_together(tmp_path):
