@@ -52,6 +52,7 @@ from bytelm.interop import token_lm
 from bytelm.interop.gguf_file import open_gguf
 from bytelm.interop.published import NO_MODEL, is_model, open_model, open_tensors, read_record, weights_file
 from bytelm.interop.trained_tokens import decoder_params, own_config
+from bytelm.kernels import on_any_device
 from bytelm.models.build import Params, byte_ids, structure, word_rule
 from bytelm.models.slot_guess import SlotGuess
 from bytelm.models.token_lm import token_structure
@@ -297,7 +298,7 @@ def load(
         )
     if is_model(path):
         stored = open_model(path, Path(config) if config else None)
-        network = _with_dtype(stored.config, dtype)
+        network = _for_here(stored.config, dtype)
         return _as_lm(
             network, jax.device_put(stored.read()), stored.context, reserved or "error", wait, draft, deletion
         )
@@ -310,7 +311,7 @@ def load(
                 raise ConfigError(f"{name}: {path} is a tokenized model, which has none")
         return _trained_tokens(path, checkpoint, run, params, dtype, **bytes_of_tokens)
     kept = reserved or run.data.reserved
-    return _as_lm(_with_dtype(run.model, dtype), params, run.data.seq_len, kept, wait, draft, deletion)
+    return _as_lm(_for_here(run.model, dtype), params, run.data.seq_len, kept, wait, draft, deletion)
 
 
 def _tokenized(path: Path, dtype: str | None, mesh: MeshConfig | None, **options: Any) -> TokenizedLM:
@@ -334,7 +335,7 @@ def _tokenized(path: Path, dtype: str | None, mesh: MeshConfig | None, **options
 def _trained_tokens(
     path: Path, checkpoint: str, run: Config, params: Params, dtype: str | None, **options: Any
 ) -> TokenizedLM:
-    model = _with_dtype(run.model, dtype)
+    model = _for_here(run.model, dtype)
     assert isinstance(model, TokensConfig)
     config = own_config(model, run.data.seq_len)
     vocabulary = vocabulary_in(trained_tokenizer(path, checkpoint), model.vocabulary)
@@ -392,7 +393,7 @@ def load_run(path: Path, checkpoint: str = "latest") -> tuple[Config, Params]:
     return config, restore_params(folder, abstract)
 
 
-def _with_dtype(model: ModelConfig, dtype: str | None) -> ModelConfig:
+def _for_here(model: ModelConfig, dtype: str | None) -> ModelConfig:
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype {dtype!r}: choose float32 or bfloat16")
-    return dataclasses.replace(model, dtype=dtype) if dtype else model
+    return dataclasses.replace(on_any_device(model), **({"dtype": dtype} if dtype else {}))

@@ -68,7 +68,7 @@ class StackConfig:
     qk_norm: Literal["none", "head", "all"] = "none"  # norm queries and keys: each head by itself, or all together
     mlp: Literal["swiglu", "relu"] = "swiglu"  # SwiGLU, or one hidden layer with ReLU
     ssm: SSMConfig = field(default_factory=SSMConfig)  # shape of the Mamba-2 blocks
-    attention: Literal["auto", "xla", "cudnn"] = "auto"  # kernel of full attention; auto: cudnn on GPU where it can
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"  # kernel; auto: cudnn on GPU, splash on TPU, else XLA
     scan_layers: bool = True  # run a run of equal blocks as one scan (fast compile, small memory) or unrolled
     remat: Remat = "none"  # what the backward pass recomputes: none, all but the matmuls, or everything
 
@@ -295,7 +295,7 @@ class HNetConfig:
     init_std: float = 0.02  # standard deviation of the initial projections (0: 1 / sqrt(fan in))
     embed_std: float = 1.0  # standard deviation of the initial embeddings
     norm_eps: float = 1.0e-5  # epsilon of every RMSNorm
-    attention: Literal["auto", "xla", "cudnn"] = "auto"  # kernel of full attention
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"  # kernel; auto: cudnn on GPU, splash on TPU, else XLA
     scan_layers: bool = True  # run a run of equal blocks as one scan or unrolled
     remat: Remat = "none"  # what the backward pass recomputes: none, all but the matmuls, or everything
 

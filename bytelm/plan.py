@@ -35,7 +35,7 @@ from bytelm.models.flops import (
     unit_stacks,
 )
 from bytelm.models.hnet_recipe import stage_of
-from bytelm.nn.attention import KEY_BLOCK
+from bytelm.nn.attend import KEY_BLOCK
 from bytelm.nn.relative import QUERY_BLOCK
 from bytelm.parallel.mesh import axes_of, named, to_spec, ways
 from bytelm.parallel.rules import logical_axes, path_string, where_divided

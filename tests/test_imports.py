@@ -22,7 +22,7 @@ ANY = {
 ARROWS = {
     "xla_flags": set(), "config": set(), "model_config": set(), "hierarchical_config": set(), "t5_config": set(),
     "boundaries": set(), "vocab": set(), "metrics": set(), "devices": set(),
-    "codec": set(), "windows": set(), "patterns": set(), "copying": set(),
+    "codec": set(), "windows": set(), "patterns": set(), "copying": set(), "kernels": set(),
     "parallel": set(),
     "nn": {"parallel"},  # only shard()
     "models": {"nn", "parallel"},
@@ -37,14 +37,14 @@ ARROWS = {
     "coding": {"following", "protocol"},
     "drafts": {"following", "generate", "models"},
     "lm": {"models", "byteview", "interop", "generate", "checkpoint", "protocol", "seq2seq_lm", "parallel",
-           "cached_steps", "drafts"},
+           "cached_steps", "drafts", "kernels"},
     "seq2seq_lm": {"models", "generate", "protocol", "beams", "drafts"}, "beams": set(),
     "topology": set(), "plan_compile": {"topology", "parallel", "train"},
     "communication": {"parallel", "train.step", "models.flops", "data.seq2seq"},
     "plan_sweep": {"plan", "plan_pod", "topology", "devices", "models"},
     "plan_pod": {"plan", "plan_compile", "topology", "communication", "devices", "models", "train.capacity"},
     "plan": {"models", "nn", "parallel", "devices", "train.state", "train.capacity", "data.seq2seq"},
-    "train": {"models", "nn", "data", "parallel", "checkpoint", "metrics", "devices", "interop", "generate",
+    "train": {"models", "nn", "kernels", "data", "parallel", "checkpoint", "metrics", "devices", "interop", "generate",
               "evals.bpb", "evals.chunk_history", "evals.seq2seq",
               "lm", "byteview.vocabulary",  # these for word_reader
               "byteview.dropout", "byteview.tokenizer_files"},  # and these for models of tokens

@@ -13,7 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.config import ConfigError
-from bytelm.nn.attention import attend, attend_cached, causal_mask
+from bytelm.nn.attend import attend, causal_mask
+from bytelm.nn.attention import attend_cached
 from bytelm.nn.cache import AttentionCache
 from bytelm.nn.layers import Affine, Embedding, LayerNorm, Linear, RMSNorm, stretched, turn, wide
 from bytelm.parallel.mesh import shard

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.config import StackConfig, parse_layout
+from bytelm.nn import splash
 from bytelm.nn.attention import Attention
 from bytelm.nn.cache import StackCache
 from bytelm.nn.compaction import expand
@@ -67,7 +68,13 @@ def residual_additions(layout: str) -> int:
     return sum(count * (2 if kind.isupper() else 1) for kind, count in parse_layout(layout))
 
 
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+_policies = jax.checkpoint_policies
+REMAT_POLICIES = {
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(splash.KEPT)
+    ),
+    "full": None,
+}
 
 
 @runtime_checkable

@@ -10,8 +10,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bytelm.config import Config, ConfigError, FlatConfig, HNetConfig, T5Config
+from bytelm.kernels import check_kernels
 from bytelm.models.build import init_params, structure
 from bytelm.models.deletion import first_control
+from bytelm.parallel.mesh import platform
 from bytelm.parallel.rules import state_shardings
 from bytelm.train.capacity import first_capacity
 from bytelm.train.optim import make_optimizer
@@ -36,6 +38,8 @@ class Setup:
 def plan_state(config: Config, mesh: Mesh) -> Setup:
     """Shapes, shardings and optimizer of a run; allocates nothing. Raises ConfigError where the mesh does not suit."""
     check_pieces(config, mesh.shape.get("sequence", 1))
+    with jax.set_mesh(mesh):
+        check_kernels(config.model, platform())
     graph, params = structure(config.model)
     optimizer = make_optimizer(config.optim, config.train.steps, params, config.model)
     abstract = jax.eval_shape(lambda: _init(config, optimizer))
@@ -51,8 +55,9 @@ def check_pieces(config: Config, count: int) -> None:
         return
     if not isinstance(model, FlatConfig | HNetConfig) or (isinstance(model, HNetConfig) and model.chunker != "learned"):
         raise ConfigError(f"mesh.sequence={count}: only flat models and H-Nets with learned chunks have rows in pieces")
-    if (model.stack if isinstance(model, FlatConfig) else model).attention == "cudnn":
-        raise ConfigError(f"mesh.sequence={count}: attention=cudnn reads whole rows; use auto or xla")
+    kernel = (model.stack if isinstance(model, FlatConfig) else model).attention
+    if kernel in ("cudnn", "splash"):
+        raise ConfigError(f"mesh.sequence={count}: attention={kernel} reads whole rows; use auto or xla")
     row = config.data.seq_len
     lengths = {"data.seq_len": row, "eval.window": config.eval.window or min(row, DEFAULT_WINDOW)}
     if isinstance(model, HNetConfig):

@@ -5,15 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm.nn.attention import (
-    attend,
-    banded_attend,
-    blocked_attend,
-    causal_mask,
-    full_attend,
-    newest_position,
-    tiled_attend,
-)
+from bytelm.nn.attend import attend, banded_attend, blocked_attend, causal_attend, causal_mask, tiled_attend
+from bytelm.nn.attention import newest_position
 
 
 def qkv(t, seed=0, b=2, heads=4, groups=2, width=8):
@@ -52,7 +45,7 @@ def test_parts_of_the_row_equal_masked_with_gradients(form, t, block, packed):
 
 def test_attend_equals_numpy(x64):
     q, k, v = (x.astype(jnp.float64) for x in qkv(9))
-    got = full_attend(q, k, v, None, "xla")
+    got = causal_attend(q, k, v, None, 0, "xla")
     for i in range(9):
         for h in range(4):
             scores = np.asarray(k[1, : i + 1, h // 2] @ q[1, i, h]) / np.sqrt(8)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bytelm.config import CapacityConfig, ConfigError, MeshConfig
-from bytelm.nn.attention import attend, attend_in_pieces, causal_mask, streamed_attend
+from bytelm.nn.attend import attend, attend_in_pieces, causal_mask, streamed_attend
 from bytelm.nn.compaction import compact, expand, newest_slot, slot_positions
 from bytelm.nn.recurrence import causal_conv, linear_scan, ssd, ssd_sequential
 from bytelm.parallel import make_mesh
