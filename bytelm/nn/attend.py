@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.nn.layers import wide
 from bytelm.nn.products import head_mix, head_scores
+from bytelm.nn.ring import ring_attend
 from bytelm.nn.splash import splash_attend
 from bytelm.parallel import sequence
 from bytelm.parallel.mesh import platform
@@ -81,7 +82,7 @@ def banded_attend(
 
 
 QUERY_TILE, QUERY_BLOCK, KEY_SPANS = 128, 256, 4  # measured on CPU: benchmarks/products
-KEY_BLOCK = 1024  # of streamed_attend
+KEY_BLOCK = 1024  # of rows in pieces
 SPLASH_FROM = 512
 
 
@@ -152,73 +153,17 @@ def _attend_in_blocks(block, q, k, v, segments):
     return jnp.moveaxis(y, 0, 1).reshape(b, blocks * block, h, width)[:, :count]
 
 
-def streamed_attend(
-    q: Float[Array, "b q h k"],
-    k: Float[Array, "b s g k"],
-    v: Float[Array, "b s g k"],
-    own: Int[Array, "b q"],
-    segments: Int[Array, "b s"],
-    first: Int[Array, ""] | int,
-    window: int = 0,
-    block: int = QUERY_BLOCK,
-    keys: int = KEY_BLOCK,
-) -> Float[Array, "b q h k"]:
-    """Causal attention of the queries that stand at first, first + 1, ... of a row to its keys, of which they see those
-    of their own segment and, with a window, the last ones.
-
-    A block of queries meets a block of keys at a time, and the softmax is kept as its maximum and sum so far (Milakov &
-    Gimelshein 2018); all is made again in the backward pass. Memory grows with the row alone.
-    """
-    b, count, h, width = q.shape
-    g, s, kind = k.shape[2], k.shape[1], wide(q.dtype)
-    block, keys = min(block, count), min(keys, s)
-    shared, blocks = h // g, -(-count // block)
-
-    def cut(x, size, fill=0):
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
-        return jnp.moveaxis(x.reshape(b, -1, size, *x.shape[2:]), 1, 0)
-
-    place = jnp.arange(-(-s // keys) * keys).reshape(-1, keys)
-    every_key = (cut(k, keys), cut(v, keys), cut(segments, keys), place)
-
-    @jax.checkpoint
-    def one(now):
-        q, own, i = now
-        at = first + i * block + jnp.arange(block)[:, None]
-        q = jnp.moveaxis(q.reshape(b, block, g, shared, width), 3, 1).reshape(b, shared * block, g, width)
-
-        @jax.checkpoint
-        def meet(carry, now):
-            top, total, y = carry
-            k, v, theirs, place = now
-            mask = (place <= at) & (place < s) & ((place > at - window) if window else True)
-            mask = mask[None] & (own[:, :, None] == theirs[:, None])
-            scores = head_scores(q, k, kind).reshape(b, g, shared, block, keys)
-            scores = jnp.where(mask[:, None, None], scores * width**-0.5, jnp.finfo(kind).min)
-            higher = jnp.maximum(top, scores.max(-1))
-            weights, before = jnp.exp(scores - higher[..., None]), jnp.exp(top - higher)
-            mixed = head_mix(weights.astype(v.dtype).reshape(b, g, shared * block, keys), v)
-            mixed = jnp.moveaxis(mixed.reshape(b, shared, block, g, width), 3, 1)
-            return (higher, before * total + weights.sum(-1), before[..., None] * y + mixed.astype(kind)), None
-
-        top = jnp.full((b, g, shared, block), jnp.finfo(kind).min, kind)
-        start = (top, jnp.zeros_like(top), jnp.zeros((*top.shape, width), kind))
-        (_, total, y), _ = jax.lax.scan(meet, start, every_key)
-        return jnp.moveaxis(y / total[..., None], 3, 1).reshape(b, block, h, width).astype(v.dtype)
-
-    y = jax.lax.map(one, (cut(q, block), cut(own, block, -1), jnp.arange(blocks)))
-    return jnp.moveaxis(y, 0, 1).reshape(b, blocks * block, h, width)[:, :count]
-
-
 def attend_in_pieces(
     q: Float[Array, "b t h k"],
     k: Float[Array, "b t g k"],
     v: Float[Array, "b t g k"],
     window: int,
     segments: Int[Array, "b t"] | None,
+    block: int = QUERY_BLOCK,
+    keys: int = KEY_BLOCK,
 ) -> Float[Array, "b t h k"]:
-    """Causal attention of rows cut into pieces: a piece asks the one before for what its window reaches, or all of them
-    for their keys and values. Equals `attend` under `causal_mask(t, window, segments)`."""
+    """Causal attention of rows cut into pieces: a piece asks the one before for what its window reaches, or meets the
+    keys of all pieces, as they go round, in blocks. Equals `attend` under `causal_mask(t, window, segments)`."""
     segments = jnp.zeros(q.shape[:2], jnp.int32) if segments is None else segments
 
     def piece(split, _):
@@ -230,8 +175,7 @@ def attend_in_pieces(
 
             y = banded_attend(behind(q, 0), behind(k, 0), behind(v, 0), window, behind(segments, -1))
             return y[:, window:], ()
-        keys, values, every = (sequence.of_all(x) for x in (k, v, segments))
-        return streamed_attend(q, keys, values, segments, every, sequence.number() * q.shape[1], window), ()
+        return ring_attend(q, k, v, segments, window, block, keys), ()
 
     return sequence.over_pieces(piece, (q, k, v, segments))[0]
 

@@ -41,9 +41,16 @@ def _taken(x, positions):
 
 
 def _sent(x, positions):
+    """The slots of each piece go round all pieces, each of which lays in what it has: no piece ever holds all slots."""
+    size = positions.shape[1] // jax.lax.axis_size(sequence.AXIS)
     start = sequence.number() * x.shape[1]
-    here = (positions >= start) & (positions < start + x.shape[1])
-    return sequence.shared_out(_taken(x, jnp.where(here, positions - start, x.shape[1]))), ()
+
+    def lay_in(slots, owner):
+        theirs = jax.lax.dynamic_slice_in_dim(positions, owner * size, size, 1)
+        here = (theirs >= start) & (theirs < start + x.shape[1])
+        return slots + _taken(x, jnp.where(here, theirs - start, x.shape[1]))
+
+    return sequence.gathered_round(lay_in, jnp.zeros((x.shape[0], size, *x.shape[2:]), x.dtype)), ()
 
 
 def newest_slot(keep: Bool[Array, "b t"], capacity: int) -> Int[Array, "b t"]:
@@ -55,8 +62,20 @@ def newest_slot(keep: Bool[Array, "b t"], capacity: int) -> Int[Array, "b t"]:
 def expand(z: Shaped[Array, "b c *d"], slots: Int[Array, "b t"]) -> Shaped[Array, "b t *d"]:
     """What stands in the given slots, at each position."""
     if sequence.pieces() > 1:
-        return sequence.over_pieces(lambda split, _: (_read(sequence.of_all(split[0]), split[1]), ()), (z, slots))[0]
+        return sequence.over_pieces(lambda split, _: (_read_from_all(*split), ()), (z, slots))[0]
     return _read(z, slots)
+
+
+def _read_from_all(z, slots):
+    """Reads from each piece's slots as they come round."""
+    size = z.shape[1]
+
+    def read(y, owner, theirs):
+        index = slots - owner * size
+        here = ((index >= 0) & (index < size)).reshape(*slots.shape, *(1,) * (z.ndim - 2))
+        return jnp.where(here, _read(theirs, index), y)
+
+    return sequence.shown_round(read, jnp.zeros((*slots.shape, *z.shape[2:]), z.dtype), z)
 
 
 def _read(z, slots):

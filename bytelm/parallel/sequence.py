@@ -47,14 +47,34 @@ def from_before(x: Array, first: Any) -> Array:
     return jnp.where(number() == 0, jnp.asarray(first, x.dtype), moved)
 
 
-def of_all(x: Array) -> Array:
-    """`x` [b, s, ...] of all pieces, side by side: [b, pieces * s, ...]."""
-    return jax.lax.all_gather(x, AXIS, axis=1, tiled=True)
+def onward(x: Any) -> Any:
+    """What the piece before has; the first has the last one's."""
+    count = jax.lax.axis_size(AXIS)
+    return jax.lax.ppermute(x, AXIS, [(i, (i + 1) % count) for i in range(count)])
 
 
-def shared_out(x: Array) -> Array:
-    """The sum over pieces of `x` [b, t, ...], of which each keeps its own part of t."""
-    return jax.lax.psum_scatter(x, AXIS, scatter_dimension=1, tiled=True)
+def owner_after(moves: Array) -> Array:
+    """Whose it was, what this piece holds after so many moves `onward`."""
+    return (number() - moves) % jax.lax.axis_size(AXIS)
+
+
+def shown_round(read: Callable[[Any, Array, Any], Any], so_far: Any, shown: Any) -> Any:
+    """read(so_far, owner, arrays) of what every piece shows, one after another, from its own backwards."""
+
+    def turn(now, moves):
+        so_far, held = now
+        return (read(so_far, owner_after(moves), held), onward(held)), None
+
+    return jax.lax.scan(turn, (so_far, shown), jnp.arange(jax.lax.axis_size(AXIS)))[0][0]
+
+
+def gathered_round(add: Callable[[Array, Array], Array], empty: Array) -> Array:
+    """Every piece's own array, `empty` at first, after all pieces have put in what they have: add(array, owner)."""
+
+    def turn(held, moves):
+        return add(onward(held), owner_after(moves + 1)), None
+
+    return jax.lax.scan(turn, empty, jnp.arange(jax.lax.axis_size(AXIS)))[0]
 
 
 def carried_in(added: Array, kept: Array) -> tuple[Array, Array]:

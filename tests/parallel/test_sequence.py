@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bytelm.config import CapacityConfig, ConfigError, MeshConfig
-from bytelm.nn.attend import attend, attend_in_pieces, causal_mask, streamed_attend
+from bytelm.nn.attend import attend, attend_in_pieces, causal_mask
 from bytelm.nn.compaction import compact, expand, newest_slot, slot_positions
 from bytelm.nn.recurrence import causal_conv, linear_scan, ssd, ssd_sequential
 from bytelm.parallel import make_mesh
@@ -112,24 +112,22 @@ def test_attention(documents, window):
 
 
 @pytest.mark.parametrize("documents", KINDS)
-@pytest.mark.parametrize("first,count,window", [(0, T, 0), (17, 31, 0), (20, 9, 7)])
-def test_streamed_attention(documents, first, count, window):
-    q, k, v = draw(0, 2, T, 4, 6), draw(1, 2, T, 2, 6), draw(2, 2, T, 2, 6)
-    segments = jnp.array(DOCUMENTS if documents == "documents" else np.ones((2, T)), jnp.int32)
-    some = slice(first, first + count)
+@pytest.mark.parametrize("window,block,keys", [(0, 5, 7), (30, 12, 4), (0, 64, 64)])
+def test_attention_in_blocks_with_gradients(documents, window, block, keys):
+    """Keys go round all pieces; blocks that divide a piece, that do not, and that are longer."""
+    args = (draw(0, 2, T, 4, 6), draw(1, 2, T, 2, 6), draw(2, 2, T, 2, 6))
+    segments = segments_of(documents)
 
-    def plain(q, k, v):
-        return attend(q, k, v, causal_mask(T, window, segments))[:, some]
+    def run(f):
+        y, back = jax.vjp(f, *args)
+        return y, back(jnp.cos(3 * y))
 
-    def streamed(q, k, v):
-        return streamed_attend(q[:, some], k, v, segments[:, some], segments, first, window, block=4, keys=7)
-
-    def gradients(f):
-        return jax.jit(jax.grad(lambda *qkv: jnp.sum(jnp.sin(3 * f(*qkv))), argnums=(0, 1, 2)))(q, k, v)
-
-    np.testing.assert_allclose(streamed(q, k, v), plain(q, k, v), atol=2e-6)
-    for a, b in zip(gradients(streamed), gradients(plain)):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    wanted = run(lambda *a: attend(*a, causal_mask(T, window, segments)))
+    with jax.set_mesh(mesh()):
+        got = jax.jit(lambda: run(lambda *a: attend_in_pieces(*a, window, segments, block, keys)))()
+    np.testing.assert_allclose(got[0], wanted[0], atol=2e-6)
+    for g, w in zip(got[1], wanted[1]):
+        np.testing.assert_allclose(g, w, atol=1e-5)
 
 
 def test_lengths_that_do_not_divide():
