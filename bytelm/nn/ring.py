@@ -1,5 +1,5 @@
 """Attention of rows that are cut into pieces over devices (Liu et al. 2023, "Ring attention"): keys and values go round
-all pieces, and each piece's queries meet them block by block. No piece holds the keys of another but while it reads them.
+all pieces, and each piece's queries meet them block by block. A piece holds the keys of another while it reads them.
 
 The softmax is kept as its maximum and sum so far (Milakov & Gimelshein 2018). The backward pass makes the weights again
 from their logarithmic sum, as keys, values and their gradients go round once more.
@@ -39,7 +39,7 @@ def _forward(q, k, v, segments, window, block, keys):
     queries = _Queries(q, segments, g, block, window)
 
     def meet_piece(sums, owner, theirs):
-        k, v, seen = _blocks_of_keys(*theirs, keys)
+        k, v, seen = _blocks_of_keys(theirs, keys)
 
         def meet(i, q, sums):
             def one(sums, now):
@@ -72,7 +72,7 @@ def _backward(window, block, keys, kept, dy):
     def turn(now, moves):
         dq, theirs, dk, dv = now
         owner = sequence.owner_after(moves)
-        k, v, seen = _blocks_of_keys(*theirs, keys)
+        k, v, seen = _blocks_of_keys(theirs, keys)
 
         def meet(sums, now):
             i, q, dy, log_total, inner = now
@@ -142,12 +142,14 @@ def _cut(x, size, fill=0):
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
-def _blocks_of_keys(k, v, segments, keys):
+def _blocks_of_keys(shown, keys):
     """Keys and values in blocks [n, b, g, s, k], and of each block segments [b, s] and places in the piece."""
+    k, v, segments = shown
     size = min(keys, k.shape[1])
     segments = _cut(segments, size, OUTSIDE)
     place = jnp.arange(len(segments) * size).reshape(-1, size)
-    return *(jnp.swapaxes(_cut(x, size), 2, 3) for x in (k, v)), (segments, place)
+    k, v = (jnp.swapaxes(_cut(x, size), 2, 3) for x in (k, v))
+    return k, v, (segments, place)
 
 
 def _joined_keys(x, t):

@@ -1,6 +1,8 @@
 """Causal attention on TPU by jax's Pallas kernel ("splash attention"): no scores in memory, blocks that the mask hides
 are skipped. Its twin in plain JAX is `nn/attention.py`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -36,7 +38,7 @@ def splash_attend(
 
         # Keys that fill up the row are behind every real query.
         kinds = jnp.pad(segments, ((0, 0), (0, size - t)))
-        attend = jax.vmap(_kernel(q.shape[2], size, window, interpret))
+        attend: Any = jax.vmap(_kernel(q.shape[2], size, window, interpret))
         y = attend(by_head((q * q.shape[-1] ** -0.5).astype(q.dtype)), by_head(k), by_head(v), _ids(kinds))
         return jnp.swapaxes(y, 1, 2)[:, :t]
 
@@ -60,8 +62,10 @@ def _kernel(heads, size, window, interpret):
     shape = (size, size)
     mask = splash.LocalMask(shape, (window - 1, 0), 0) if 0 < window < size else splash.CausalMask(shape)
     block = next(b for b in range(min(LARGEST_BLOCK, size), 0, -LANES) if size % b == 0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
         residual_checkpoint_name=KEPT, interpret=interpret,
