@@ -35,7 +35,7 @@ from bytelm.models.flops import (
     unit_stacks,
 )
 from bytelm.models.hnet_recipe import stage_of
-from bytelm.nn.attend import KEY_BLOCK
+from bytelm.nn.attend import KEY_BLOCK, SPLASH_FROM
 from bytelm.nn.relative import QUERY_BLOCK
 from bytelm.parallel.mesh import axes_of, named, to_spec, ways
 from bytelm.parallel.rules import logical_axes, path_string, where_divided
@@ -102,7 +102,7 @@ def make_plan(
         train_flops_per_byte=TRAIN_FACTOR * forward,
         bytes_per_step=round(config.data.batch_size * config.data.seq_len * _bytes_per_position(config)),
         mesh=mesh,
-        memory=_memory(config, params, mesh, slots),
+        memory=_memory(config, params, mesh, slots, chip in CHIPS and CHIPS[chip].name.startswith("TPU")),
         chip=CHIPS.get(chip),
         bytes_per_chunk=bytes_per_chunk,
         slots=slots,
@@ -161,7 +161,7 @@ def _local_size(path: str, shape: tuple[int, ...], mesh: dict[str, int]) -> floa
     return size
 
 
-def _memory(config: Config, params: Any, mesh: dict[str, int], slots: tuple[int, ...]) -> dict[str, float]:
+def _memory(config: Config, params: Any, mesh: dict[str, int], slots: tuple[int, ...], tpu: bool) -> dict[str, float]:
     """Bytes on one device. Weights and Adam's moments are exact; activations are counted by formula."""
     local = sum(_local_size(path_string(p), leaf.shape, mesh) for p, leaf in jax.tree.leaves_with_path(params))
     rows = config.data.batch_size // (mesh["data"] * mesh["fsdp"] * config.train.grad_accum)
@@ -174,25 +174,27 @@ def _memory(config: Config, params: Any, mesh: dict[str, int], slots: tuple[int,
         memory["weights in bfloat16"] = 2 * local
     if isinstance(config.model, FlatConfig):
         t = config.data.seq_len
-        activations = positions * _activation_bytes(config.model.stack, t, width, mesh["tensor"], pieces)
+        activations = positions * _activation_bytes(config.model.stack, t, width, mesh["tensor"], pieces, tpu)
         vocabulary = config.model.symbols
     elif isinstance(config.model, T5Config):
         activations = rows * _t5_activation_bytes(config.model, config.data.seq_len, target_length(config.data), width,
                                                   mesh["tensor"])  # fmt: skip
         positions, vocabulary = rows * target_length(config.data), config.model.vocabulary
     else:
-        activations = rows * _unit_activation_bytes(config, slots, width, mesh["tensor"], pieces) / pieces
+        activations = rows * _unit_activation_bytes(config, slots, width, mesh["tensor"], pieces, tpu) / pieces
     memory["activations (estimate)"] = activations
     memory["logits and their gradient"] = positions * vocabulary * 4 * 2
     return memory
 
 
-def _unit_activation_bytes(config: Config, slots: tuple[int, ...], width: int, tensor: int, pieces: int) -> float:
+def _unit_activation_bytes(
+    config: Config, slots: tuple[int, ...], width: int, tensor: int, pieces: int, tpu: bool
+) -> float:
     """Bytes kept per row between forward and backward, all stages at their slots, over all pieces of it."""
     model, t = config.model, config.data.seq_len
     assert isinstance(model, UnitConfig)
     stacks = unit_stacks(model, t, slots)
-    total = sum(elements * _activation_bytes(stack, elements, width, tensor, pieces) for stack, elements in stacks)
+    total = sum(elements * _activation_bytes(stack, elements, width, tensor, pieces, tpu) for stack, elements in stacks)
     if isinstance(model, HNetConfig):
         # The router's query and key and their norms, residual, encoder output, smoothed and put back.
         stages = zip((t, *slots), model.d_model[: model.levels])
@@ -234,14 +236,16 @@ def _t5_activation_bytes(model: T5Config, t: int, targets: int, width: int, tens
     return total + again
 
 
-def _activation_bytes(stack: StackConfig, t: int, width: int, tensor: int, pieces: int) -> float:
+def _activation_bytes(stack: StackConfig, t: int, width: int, tensor: int, pieces: int, tpu: bool) -> float:
     """Bytes kept per position between forward and backward, all layers; the remat policy decides what is kept."""
     d, s = stack.d_model, stack.ssm
     heads, keys = stack.num_heads / tensor, min(t, 2 * stack.window or t)
     kv = 2 * stack.kv_heads / tensor * stack.head_width
     scores, gathered = float(keys), 0.0
-    if pieces > 1 and not 0 < stack.window <= t // pieces:  # by blocks of both, against keys and values of all pieces
-        scores, gathered = min(keys, KEY_BLOCK) * min(1.0, QUERY_BLOCK * pieces / t), width * kv * pieces
+    if pieces > 1 and not 0 < stack.window <= t // pieces:  # by blocks of both; those of another piece, and gradients
+        scores, gathered = min(keys, KEY_BLOCK) * min(1.0, QUERY_BLOCK * pieces / t), (width + 8) * kv
+    elif tpu and stack.attention != "xla" and width == 2 and t >= SPLASH_FROM:
+        scores = 0.0
     elif not 0 < stack.window < t and t > 2 * QUERY_BLOCK:  # one block of queries after another
         scores = float(QUERY_BLOCK)
     inner = s.expand * d / tensor

@@ -45,6 +45,18 @@ def _last_inputs(x: Float[Array, "b t *c"], lengths: Int[Array, " b"], count: in
     return jnp.where((index >= 0).reshape(*index.shape, *trailing), taken, 0)
 
 
+def _smoothed(conv, raw, segments):
+    """SiLU of a convolution, of which only the input is kept for the backward pass: to make it again is cheaper."""
+    kernel, bias, kind = conv.kernel[...], conv.bias[...], raw.dtype
+    wider = wide(kind)
+
+    def run(raw, kernel, bias):
+        y = causal_conv(raw.astype(wider), kernel.astype(wider), bias.astype(wider), segments)
+        return jax.nn.silu(y).astype(kind)
+
+    return jax.checkpoint(run, prevent_cse=False)(raw, kernel, bias)
+
+
 class Mamba2(nnx.Module):
     """z, x, B, C, dt from the input; convolution and SiLU on x, B, C; the recurrence; gated norm; projection out."""
 
@@ -75,14 +87,18 @@ class Mamba2(nnx.Module):
     def _finish(self, y, x, z):
         # As a product of matrices: D's gradient is a long sum that cancels, and those are added up in several lanes.
         D, exact = self.D[...].astype(y.dtype), jax.lax.Precision.HIGHEST
-        y = y + jnp.einsum("...hp,h->...hp", x.astype(y.dtype), D, precision=exact)
-        return self.out(self.norm(y * jax.nn.silu(z.astype(y.dtype))))
+
+        def gated(y, x, z):
+            y = y + jnp.einsum("...hp,h->...hp", x.astype(y.dtype), D, precision=exact)
+            return self.norm(y * jax.nn.silu(z.astype(y.dtype)))
+
+        return self.out(jax.checkpoint(gated, prevent_cse=False)(y, x, z))
 
     def _mix(self, u, segments, valid):
         """Output [b, t, d], last state, and the inputs of both convolutions. Where not `valid`, the state stands."""
         raw_x, raw_bc = self.x(u), self.bc(u)
-        x = shard(jax.nn.silu(self.conv_x(raw_x, segments)), "batch", "length", "heads", None)
-        bc = jax.nn.silu(self.conv_bc(raw_bc, segments))
+        x = shard(_smoothed(self.conv_x, raw_x, segments), "batch", "length", "heads", None)
+        bc = _smoothed(self.conv_bc, raw_bc, segments)
         dt, A = self._rates(u)
         if valid is not None:
             dt = jnp.where(valid[..., None], dt, 0)

@@ -32,12 +32,17 @@ def causal_conv(
     """Depthwise causal convolution: y_t = bias + sum_j kernel[w-1-j] x_{t-j}, taps cut where the segment changes."""
     b, t = x.shape[:2]
     width, trailing = kernel.shape[0], (1,) * (x.ndim - 2)
+    before = min(width, t) - 1  # positions that the last one reads
+
+    def behind(v, j, fill=0):  # v, j positions later
+        v = jnp.pad(v, ((0, 0), (before, 0)) + ((0, 0),) * (v.ndim - 2), constant_values=fill)
+        return v[:, before - j : before - j + t]
+
     y = x * kernel[-1]
-    for j in range(1, min(width, t)):
-        tap = jnp.pad(x[:, : t - j], ((0, 0), (j, 0)) + ((0, 0),) * (x.ndim - 2))
+    for j in range(1, before + 1):
+        tap = behind(x, j)
         if segments is not None:
-            before = jnp.pad(segments[:, : t - j], ((0, 0), (j, 0)), constant_values=-1)
-            tap = jnp.where((before == segments).reshape(b, t, *trailing), tap, 0)
+            tap = jnp.where((behind(segments, j, -1) == segments).reshape(b, t, *trailing), tap, 0)
         y = y + tap * kernel[-1 - j]
     return y + bias
 
@@ -217,7 +222,11 @@ def _chunk_terms(x, dt, B, C, segments, A, before):
 
 
 def _log_decay(dt, A):
-    return jnp.cumsum(jnp.moveaxis(dt * A, 1, 2), axis=-1)  # [b, h, q]
+    # As a product with a triangle: XLA's CPU compiler would take a cumulative sum apart, and put it together again in
+    # each element of the [q, q] matrices that are made of it.
+    q = dt.shape[1]
+    until = jnp.triu(jnp.ones((q, q), dt.dtype))
+    return jnp.einsum("bsh,sq->bhq", dt * A, until, precision=jax.lax.Precision.HIGHEST)
 
 
 def _chunk_end(x, dt, B, segments, A, before):
