@@ -12,6 +12,7 @@ import tyro
 import bytelm
 from bytelm import cli_model, cli_sample, codec
 from bytelm.config import Config, ConfigError, TokensConfig
+from bytelm.host_memory import keep_memory
 
 EXIT_OK, EXIT_CHECK_FAILED, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75
 
@@ -246,6 +247,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script; ends the process with the exit status."""
+    keep_memory()
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
 
 

@@ -22,7 +22,7 @@ ANY = {
 ARROWS = {
     "xla_flags": set(), "config": set(), "model_config": set(), "hierarchical_config": set(), "t5_config": set(),
     "boundaries": set(), "vocab": set(), "metrics": set(), "devices": set(),
-    "codec": set(), "windows": set(), "patterns": set(), "copying": set(), "kernels": set(),
+    "codec": set(), "windows": set(), "patterns": set(), "copying": set(), "kernels": set(), "host_memory": set(),
     "parallel": set(),
     "nn": {"parallel"},  # only shard()
     "models": {"nn", "parallel"},
