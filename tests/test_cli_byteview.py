@@ -13,6 +13,7 @@ def golden(root):
     return root / "tests/golden/convert"
 
 
+@pytest.mark.slow
 def test_sample_and_explain(golden, capsysbinary):
     model = str(golden / "model_tiny_lm")
     assert main(["sample", model, "--prompt", "The licen", "--temperature", "0", "--max-bytes", "12"]) == 0
@@ -46,6 +47,7 @@ def test_ways_to_sample(golden, tmp_path, capsysbinary):
     assert counted.startswith(b"--- 1 ---\nThe license") and b"--- 2 ---" in counted
 
 
+@pytest.mark.slow
 def test_eval_says_both_figures(golden, capsys):
     text = str(golden / "text.txt")
     assert main(["eval", str(golden / "model_tiny_lm"), "--text", text, "--max-bytes", "300", "--json"]) == 0

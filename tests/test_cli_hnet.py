@@ -20,6 +20,7 @@ def trained(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_chunks_in_the_terminal_as_json_and_as_a_page(trained, tmp_path, capsys):
     text = "naïve café — to be"
     assert cli(["chunks", str(trained), "--text", text]) == 0

@@ -66,6 +66,7 @@ def tokenized(root):
 TEXT = ("It was the best of times — naïve, 漢字 😀. " * 12).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_size_is_the_score_and_nothing_is_lost(family):
     lm = model(family)
@@ -75,6 +76,7 @@ def test_size_is_the_score_and_nothing_is_lost(family):
         assert len(code) <= -lm.score(text).total / math.log(2) / 8 * 1.001 + 16
 
 
+@pytest.mark.slow
 def test_size_of_a_tokenized_model(root, tokenized):
     text = (root / "tests/golden/convert/text.txt").read_bytes()[:300]
     code = compress(tokenized, text)

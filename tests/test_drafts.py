@@ -26,6 +26,7 @@ def pair(request):
     return NetworkLM(config, params, context=64), NetworkLM(config, params, context=64, draft=draft)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8, "top_k": 9, "seed": 1}],

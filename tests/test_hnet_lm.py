@@ -48,6 +48,7 @@ def test_texts_with_reserved_bytes(lm):
     assert all((np.diff(level.offset) > 0).all() for level in levels)
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_do_not_see_each_other(lm):
     """Rows at different chunk phases, of unequal prompts: each makes what it makes alone."""
     prompts = [b"", b"The quick brow", TEXT[:20], b"aaaa"]
@@ -65,6 +66,7 @@ def test_waiting_rows_make_the_same_bytes(lm, wait):
         assert make(wait=wait).generate_batch(prompts, 40, **options) == want
 
 
+@pytest.mark.slow
 def test_waiting_runs_the_inner_network_less_often():
     """Count its runs over the same bytes."""
     import jax

@@ -201,6 +201,7 @@ def test_load_names_models_it_does_not_know(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [hat(), hnet(1), hnet(2), spacebyte()], ids=["hat", "hnet1", "hnet2", "spacebyte"])
 def test_few_slots_for_chunks_change_no_score(model):
     """Texts with few boundaries, with one at nearly every byte, and padding behind both."""

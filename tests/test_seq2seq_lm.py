@@ -71,6 +71,7 @@ def test_generation_is_greedy_step_by_step_and_repeats(lm):
     assert out[0][:2] + begun == out[0]
 
 
+@pytest.mark.slow
 def test_beams_find_the_best_target(lm):
     """Against every target of up to two symbols, scored one by one."""
     source = INPUTS[1]
@@ -157,6 +158,7 @@ def test_saved_for_its_authors_code_and_converted_back(lm, tmp_path, capsysbinar
     assert b"deleted" in capsysbinary.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=0.8, top_p=0.9, seed=2)])
 def test_copies_of_the_input_change_no_byte(lm, options):
     """Targets side by side, begun and not, and one alone: those of plain decoding. Guesses come from the input, too."""

@@ -18,6 +18,10 @@ from bytelm.parallel import sequence
 
 OUTSIDE = -2  # segment of what fills up a last block of keys
 
+# Under a scan over layers that are rematerialised, jax would make all masks in advance, since they depend on segments
+# alone, and keep them: [turns, blocks, blocks, ...]. It leaves the inside of a checkpoint as it is.
+_unsplit = partial(jax.checkpoint, prevent_cse=False)
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def ring_attend(
@@ -42,6 +46,7 @@ def _forward(q, k, v, segments, window, block, keys):
         k, v, seen = _blocks_of_keys(theirs, keys)
 
         def meet(i, q, sums):
+            @_unsplit
             def one(sums, now):
                 (top, total, y), (k, v, segments, place) = sums, now
                 scores = queries.scores(i, q, k, segments, owner * t + place, kind)
@@ -77,6 +82,7 @@ def _backward(window, block, keys, kept, dy):
         def meet(sums, now):
             i, q, dy, log_total, inner = now
 
+            @_unsplit
             def one(dq, now):
                 k, v, segments, place = now
                 scores = queries.scores(i, q, k, segments, owner * t + place, kind)

@@ -32,6 +32,7 @@ def test_samples_match(lm):
     assert accented.logprobs(b"caf\xc3")[0xA9] == 0  # inside a character nothing else is possible
 
 
+@pytest.mark.slow
 def test_the_law_is_the_models_among_what_matches(lm):
     one = Constrained(lm, regex="(the|a|of) ?", prompt="under ")
     row, free = one.logprobs(), lm.logprobs("under ")

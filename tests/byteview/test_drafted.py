@@ -26,6 +26,7 @@ def together(rows):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("semantics", ["masked", "canonical", "lastfree"])
 def test_bytes_are_those_of_drawing_one_by_one(base, semantics):
     """Texts side by side, ends of texts among them (temperature 1.6), the end of a prompt inside a character."""
@@ -66,6 +67,7 @@ def test_guesses_are_read_at_once_and_taken_back(base):
         np.testing.assert_allclose(np.exp(covers.logprobs()[0]), np.exp(base.logprobs(text)), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_sliding_texts_and_what_is_refused(base):
     slide = dict(long_text="slide")
     plain = TokenizedLM(base.model, base.vocabulary, **slide)

@@ -36,6 +36,7 @@ def test_scores_are_the_sum_of_steps(members, kind):
     np.testing.assert_allclose(np.array(last), rows, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_a_mixture_is(members):
     rows = np.stack([m.logprobs(TEXT) for m in members])
     mixed = Ensemble(members, [1, 3]).logprobs(TEXT)

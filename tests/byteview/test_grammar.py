@@ -78,6 +78,7 @@ EVERY = list(itertools.product(ALPHABETS, ("merges", "ranked", "whole")))
 EVERY.remove(("digits", "ranked"))  # a minute, and digits are cut alike by both
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, kind",
     [case if case in FAST else pytest.param(*case, marks=LONG if case[0] == "digits" else SLOW) for case in EVERY],

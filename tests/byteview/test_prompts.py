@@ -49,6 +49,7 @@ def row_behind(lm, ids):
     return out / out.sum()
 
 
+@pytest.mark.slow
 def test_bytes_in_front_stay_open(lm, sp):
     for model in (lm, sp):
         behind = model.behind(b"The lic").behind("en")

@@ -28,6 +28,7 @@ def test_reference_case_passes(root, case, capsys):
         assert record[key] <= limit == TOLERANCES[key], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tensor,change,key",
     [

@@ -41,6 +41,7 @@ def test_golden_case(root, case):
     assert all(record[key] is not None for key in CASES[case] | ALWAYS), record
 
 
+@pytest.mark.slow
 def test_a_case_that_differs_is_not_ok(root, tmp_path):
     case = tmp_path / "case"
     shutil.copytree(root / "tests/golden/mrt5/mrt5_hard_softmax1", case)

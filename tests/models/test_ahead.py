@@ -53,6 +53,7 @@ def test_loss_equals_a_plain_loop():
     assert logits.shape == (3, 4, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [flat(), hnet(1)], ids=["flat", "hnet"])
 def test_heads_learn_and_leave_logits_alone(config):
     more = dataclasses.replace(config, ahead=AheadConfig(bytes=2))

@@ -14,6 +14,7 @@ MIXED = StackConfig(layout="M1t1m1", d_model=32, num_heads=4, num_kv_heads=1, wi
 MODELS = {"hybrid": flat(HYBRID), "full": flat(FULL), "mixed": flat(MIXED), "hnet2": hnet(2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("count", [1, 7])
 def test_reading_several_at_once_equals_single_steps(name, count):

@@ -311,6 +311,7 @@ def test_no_levels_is_one_stack():
     assert out.levels == () and out.logits.shape == (1, 8, 256) and float(out.aux_loss) == 0
 
 
+@pytest.mark.slow
 def test_three_levels_build_and_run():
     config = HNetConfig(
         arch_layout="m1,[m1,[m1,[T1],m1],m1],m1", d_model=(32, 32, 32, 64), num_heads=(4,), targets=(2.0, 2.0, 2.0),

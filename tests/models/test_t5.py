@@ -125,6 +125,7 @@ def test_the_decoder_is_causal_and_reads_the_source():
     assert (np.asarray(run(batch["inputs"], other)[:, 0]) != np.asarray(before[:, 0])).any()
 
 
+@pytest.mark.slow
 def test_hard_training_moves_the_gate_only_when_straight_through():
     batch = seq2seq_batch()
     for through in (False, True):
@@ -135,6 +136,7 @@ def test_hard_training_moves_the_gate_only_when_straight_through():
         assert (moved > 1e-6) == through
 
 
+@pytest.mark.slow
 def test_straight_through_has_the_same_values_as_hard():
     batch = seq2seq_batch()
     losses = []

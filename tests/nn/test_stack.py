@@ -129,6 +129,7 @@ def test_packed_documents_do_not_leak_gradients():
     assert max(grad[:10].max(), grad[20:].max()) < 1e-7 * grad.max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}])
 def test_speed_options_do_not_change_loss_or_gradients(change):
     def value_and_grads(stack):

@@ -1,6 +1,8 @@
 """Rows cut into pieces over devices equal whole ones: each function, and whole training steps."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +130,23 @@ def test_attention_in_blocks_with_gradients(documents, window, block, keys):
     np.testing.assert_allclose(got[0], wanted[0], atol=2e-6)
     for g, w in zip(got[1], wanted[1]):
         np.testing.assert_allclose(g, w, atol=1e-5)
+
+
+def test_nothing_as_large_as_all_scores_is_kept():
+    """Under a scan over rematerialised layers, where jax would make what does not depend on weights in advance."""
+    t = 4096
+
+    def layer(x, _):
+        attended = jax.checkpoint(lambda x: attend_in_pieces(x, x, x, 0, None, 64, 64), prevent_cse=False)
+        return x + attended(x), None
+
+    def loss(x):
+        return jnp.sum(jax.lax.scan(layer, x, None, length=3)[0] ** 2)
+
+    with jax.set_mesh(mesh()):
+        traced = str(jax.make_jaxpr(jax.grad(loss))(jax.ShapeDtypeStruct((1, t, 4, 16), jnp.float32)))
+    sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", traced)]
+    assert 3 * t * 4 * 16 == max(sizes) < t * t / PIECES
 
 
 def test_lengths_that_do_not_divide():

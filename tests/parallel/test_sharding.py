@@ -93,6 +93,7 @@ def on_one_device():
     return losses({"data": 1}, 1)
 
 
+@pytest.mark.slow
 def test_rows_in_pieces_equal_whole_ones(on_one_device):
     """Also in microbatches."""
     got, state = losses({"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}, 8, train={"grad_accum": 2})

@@ -42,6 +42,7 @@ def records(run):
     return [r for r in found if r.get("event") == "skipped"], [r for r in found if "loss" in r and "event" not in r]
 
 
+@pytest.mark.slow
 def test_a_bad_batch_is_left_out_counted_and_named(poisoned, tmp_path, capsys):
     result = train(poisoned)
     skipped, logged = records(tmp_path / "run")

@@ -72,6 +72,7 @@ def on_one_device():
     return steps_on({"data": 1}, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp,sequence,tensor", [(2, 1, 4), (4, 1, 2), (1, 4, 2)])
 def test_meshes_equal_one_device(on_one_device, fsdp, sequence, tensor):
     want, state = on_one_device
@@ -108,6 +109,7 @@ def test_one_compilation_for_each_capacity(tmp_path, monkeypatch):
     assert len(traces) == len(set(used)) + 1  # and once for the evaluation step
 
 
+@pytest.mark.slow
 def test_resume_is_bit_identical_with_chunk_statistics(tmp_path):
     config = hnet_run(tmp_path / "whole", steps=7)
     train(config)
@@ -130,6 +132,7 @@ def test_resume_is_bit_identical_with_chunk_statistics(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *[jax.tree.map(np.asarray, p) for p in params])
 
 
+@pytest.mark.slow
 def test_run_writes_chunk_metrics_and_report(tmp_path, capsys):
     config = hnet_run(tmp_path / "run", levels=2, steps=4, eval={"every": 2})
     train(config)

@@ -80,6 +80,7 @@ def test_resume_is_bit_identical(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *[jax.tree.map(np.asarray, p) for p in final])
 
 
+@pytest.mark.slow
 def test_finished_run_is_left_alone(tmp_path, capsys):
     config = run_config(tmp_path / "run", steps=2)
     train(config)
@@ -91,6 +92,7 @@ def test_finished_run_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "run" / "checkpoints" / "2" / "meta" / "metadata").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_changed_settings_are_refused_by_name(tmp_path, capsys):
     config = run_config(tmp_path / "run", steps=2)
     train(config)
@@ -115,6 +117,7 @@ def _break(step_folder):
     assert cut
 
 
+@pytest.mark.slow
 def test_broken_newest_checkpoint_falls_back(tmp_path, capsys):
     config = run_config(tmp_path / "run", steps=6)
     train(config)
@@ -157,6 +160,7 @@ def test_load_of_a_broken_checkpoint_is_a_clear_error(tmp_path):
         bytelm.load(tmp_path / "run", checkpoint="7")
 
 
+@pytest.mark.slow
 def test_divergence_stops_with_the_last_good_checkpoint(tmp_path):
     config = run_config(tmp_path / "run", steps=40, optim={"lr": 1e30, "schedule": "constant", "clip_norm": 0.0})
     with pytest.raises(Diverged, match=r"training has diverged; (the checkpoint of step \d+ is intact|no checkpoint)"):
@@ -166,6 +170,7 @@ def test_divergence_stops_with_the_last_good_checkpoint(tmp_path):
         assert all(np.isfinite(np.asarray(p)).all() for p in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_init_from_a_run_and_from_weights(tmp_path):
     first = run_config(tmp_path / "first", steps=3)
     train(first)
@@ -207,6 +212,7 @@ def test_checkpoint_moves_between_meshes(tmp_path):
             checkpoints.close()
 
 
+@pytest.mark.slow
 def test_training_goes_on_on_another_mesh(tmp_path):
     config = run_config(tmp_path / "run", steps=2, mesh={"data": 1, "fsdp": 2, "tensor": 4})
     train(config)

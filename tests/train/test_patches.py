@@ -45,6 +45,7 @@ def patch_run(run, patcher, model, cache, **sections):
     return dataclasses.replace(run_config(run, **sections), model=model)
 
 
+@pytest.mark.slow
 def test_stored_patches_are_those_that_the_network_finds(patcher, rule, tmp_path):
     """Of documents of many lengths, also such as are read in several stretches: stored, in one pass, byte by byte."""
     config, params = rule
@@ -94,6 +95,7 @@ def test_a_run_with_stored_patches_equals_one_that_finds_them(patcher, tmp_path)
     np.testing.assert_allclose(losses[0], losses[1], rtol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [blt(), pytest.param(hnet(1, chunker="entropy"), marks=LONG)], ids=lambda m: m.family)
 def test_commands(patcher, tmp_path, model, capsys):
     """Choose a threshold, train with workers, stop, go on, ask, convert."""

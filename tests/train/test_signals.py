@@ -45,6 +45,7 @@ def wait_for_step(process, run_dir, step, seconds=120):
     raise AssertionError(f"no step {step}: {process.communicate()}")
 
 
+@pytest.mark.slow
 def test_kill_at_a_random_step_and_resume_is_bit_identical(start):
     process, whole = start("whole")
     assert process.wait(timeout=200) == 0, process.communicate()

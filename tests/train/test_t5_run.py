@@ -57,6 +57,7 @@ def steps_on(mesh_sizes, devices, steps=5, **sections):
     return np.array(out), state
 
 
+@pytest.mark.slow
 def test_meshes_and_microbatches_change_nothing():
     alone, _ = steps_on({"data": 1}, 1)
     split, state = steps_on({"data": 1, "fsdp": 2, "tensor": 4}, 8)
@@ -78,6 +79,7 @@ def test_heads_that_the_mesh_does_not_divide_stay_whole():
     assert blocks["mlp"]["up"]["kernel"].sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
 
 
+@pytest.mark.slow
 def test_a_run_logs_saves_and_goes_on_bit_for_bit(tmp_path):
     result = train(t5_run(tmp_path / "a"))
     records = read_metrics(tmp_path / "a/metrics.jsonl")
@@ -118,6 +120,7 @@ def test_every_kind_trains_in_one_compilation(tmp_path, kind, monkeypatch):
     assert len(compiled) == (3 if kind in ("random", "fixed") else 2)  # the step, and each way to evaluate
 
 
+@pytest.mark.slow
 def test_a_byt5_becomes_an_mrt5(tmp_path, capfd):
     plain = dataclasses.replace(t5("none"), deletion=DeletionConfig())
     params = network(plain)[1]

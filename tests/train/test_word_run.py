@@ -56,6 +56,7 @@ def steps_on(model, mesh_sizes, devices):
     return np.array(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [hat(), pytest.param(spacebyte(), marks=LONG), pytest.param(megabyte(), marks=LONG)],
@@ -68,6 +69,7 @@ def test_meshes_equal_one_device(model):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", ["released", "strict"])
 def test_stopping_and_going_on_changes_nothing(tmp_path, guide):
     model = hat(guide=guide, capacity=CapacityConfig(start=(0.5,), every=3, multiple=4))
@@ -80,6 +82,7 @@ def test_stopping_and_going_on_changes_nothing(tmp_path, guide):
     assert losses(tmp_path / "parts") == whole
 
 
+@pytest.mark.slow
 def test_another_rule_from_a_checkpoint(tmp_path):
     """White space to Unicode in the middle of a run: the step goes on, words get shorter."""
     run = tmp_path / "run"
@@ -93,6 +96,7 @@ def test_another_rule_from_a_checkpoint(tmp_path):
     assert max(r["level0/bytes_per_chunk"] for r in records[4:]) < min(longer.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [hat(), spacebyte(), megabyte()], ids=lambda m: m.family)
 def test_commands(tmp_path, model, capsys):
     """A run of each family answers as every byte model does."""
