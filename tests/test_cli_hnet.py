@@ -9,6 +9,8 @@ from bytelm.cli import run as cli
 from bytelm.train.loop import train
 from tiny import hnet, run_config
 
+pytestmark = pytest.mark.slow  # one run is trained for all of them
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -20,7 +22,6 @@ def trained(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.slow
 def test_chunks_in_the_terminal_as_json_and_as_a_page(trained, tmp_path, capsys):
     text = "naïve café — to be"
     assert cli(["chunks", str(trained), "--text", text]) == 0

@@ -84,6 +84,7 @@ def test_size_of_a_tokenized_model(root, tokenized):
     assert len(code) <= -tokenized.score(text).total / math.log(2) / 8 * 1.001 + 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["flat", "hnet", "hat"])
 @pytest.mark.parametrize(
     "text",
@@ -95,6 +96,7 @@ def test_any_bytes(family, text):
     assert decompress(lm, compress(lm, text)) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [b"\xff", "né".encode()[:2] + b"a", TEXT[1:40], b"abc\x80" * 4])
 def test_bytes_that_a_tokenizer_cannot_write(tokenized, text):
     assert decompress(tokenized, compress(tokenized, text)) == text

@@ -40,6 +40,7 @@ def test_drafted_bytes_are_those_of_plain_decoding(pair, options):
     assert drafted.generate(b"ab", 0) == b"" and len(drafted.generate(b"ab", 1, **options)) <= 1
 
 
+@pytest.mark.slow
 def test_drafts_are_made_and_kept(pair):
     _, drafted = pair
     drafted.counts.__init__()
@@ -52,6 +53,7 @@ def test_drafts_are_made_and_kept(pair):
         assert c.right > 0 and c.passes + c.single < c.made
 
 
+@pytest.mark.slow
 def test_stop_strings_and_ends(pair):
     plain, drafted = pair
     options = {"temperature": 1.0, "seed": 3}

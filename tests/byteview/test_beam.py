@@ -54,6 +54,7 @@ def test_every_way_to_cut_a_text(golden, loaded, name, beam):
     assert (covers.bounds().max() > 0.01) == (beam < 512)  # a narrow beam says that it is no longer sure
 
 
+@pytest.mark.slow
 def test_a_beam_that_loses_the_text(golden, loaded):
     lm = TokenizedLM(loaded["tiny_lm"].model, loaded["tiny_lm"].vocabulary, "all", beam=1)
     lost = 0

@@ -46,6 +46,7 @@ def test_bytes_are_those_of_drawing_one_by_one(base, semantics):
     assert lm.generate(PROMPTS[0], 0) == b""
 
 
+@pytest.mark.slow
 def test_guesses_are_read_at_once_and_taken_back(base):
     """Behind a guess, right or wrong, the distributions are those of asking anew, and the cache keeps as many nodes."""
     rng = np.random.default_rng(0)

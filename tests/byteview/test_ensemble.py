@@ -49,6 +49,7 @@ def test_what_a_mixture_is(members):
     np.testing.assert_allclose(np.exp(product), expected / expected.sum(), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_bayes_is_the_mean_of_whole_texts(members):
     totals = np.array([m.score(TEXT).total for m in members])
     found = Ensemble(members, [0.3, 0.7], "bayes").score(TEXT).total

@@ -90,6 +90,7 @@ def test_a_special_token_closes_what_is_before_it(lm):
         lm.behind("x" * 600)
 
 
+@pytest.mark.slow
 def test_special_text(lm):
     ids = lm.vocabulary.controls
     assert split_special("a<|im_start|>b<|im_end|><|im_x", lm.vocabulary) == [

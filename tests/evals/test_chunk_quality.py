@@ -180,6 +180,7 @@ def test_tokens_as_units(tokenized):
         assert has_chunks(by_tokens) and not has_chunks(by_bytes)
 
 
+@pytest.mark.slow
 def test_plain_tokens_score_as_the_harness_asks(tokenized):
     """ln p of the tokens of the whole text beyond those of the context, with the white space in front of them."""
     for lm in tokenized:

@@ -162,6 +162,7 @@ def test_kept_bytes_without_a_slot_are_counted_and_dropped_as_asked(overflow):
     assert np.asarray(kept.position[row]).tolist() == wanted.tolist()
 
 
+@pytest.mark.slow
 def test_gate_loss_is_alpha_times_the_mean_gate_and_scores_are_asked_to_be_small():
     batch = seq2seq_batch()
     config, params = built()
@@ -192,6 +193,7 @@ def test_every_kind_has_finite_gradients_for_every_weight(kind):
         assert float(jnp.abs(g).max()) > 0, path
 
 
+@pytest.mark.slow
 def test_remat_and_loops_change_nothing():
     config, params = built()
     batch = seq2seq_batch()

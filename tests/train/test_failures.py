@@ -93,6 +93,7 @@ def test_a_disk_without_room_is_seen_before_writing(tmp_path, monkeypatch):
     assert list_steps(tmp_path / "run" / "checkpoints") == [2]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_saves_first(tmp_path, root):
     config = run_config(tmp_path / "run", steps=5000, data={"workers": 2, "batch_size": 4}, checkpoint={"every": 10000})
     process = launch(root, config, tmp_path / "c.yaml")

@@ -150,6 +150,7 @@ def test_half_written_checkpoint_is_ignored(tmp_path):
     assert train(config).step == 4
 
 
+@pytest.mark.slow
 def test_load_of_a_broken_checkpoint_is_a_clear_error(tmp_path):
     config = run_config(tmp_path / "run", steps=2)
     train(config)
@@ -279,6 +280,7 @@ def test_other_packing_does_not_fit_a_saved_position(tmp_path):
         train(changed)
 
 
+@pytest.mark.slow
 def test_broken_meta_falls_back(tmp_path, capsys):
     config = run_config(tmp_path / "run", steps=4)
     train(config)

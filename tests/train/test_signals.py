@@ -65,6 +65,7 @@ def test_kill_at_a_random_step_and_resume_is_bit_identical(start):
     assert list_steps(killed / "checkpoints") == list_steps(whole / "checkpoints")
 
 
+@pytest.mark.slow
 def test_interrupt_of_a_whole_pipeline_still_saves(start):
     """Ctrl-C reaches `tee` as well: our messages go nowhere, the checkpoint is saved all the same."""
     process, run = start("run", checkpoint={"every": 1000})

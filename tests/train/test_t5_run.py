@@ -106,8 +106,7 @@ def test_a_run_logs_saves_and_goes_on_bit_for_bit(tmp_path):
     "kind",
     [
         "none",
-        "boundary",
-        *(pytest.param(k, marks=pytest.mark.slow) for k in ("random", "convolution")),
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("boundary", "random", "convolution")),
         pytest.param("fixed", marks=LONG),
     ],
 )

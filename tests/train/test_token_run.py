@@ -32,6 +32,8 @@ from bytelm.train.loop import train
 from bytelm.train.tokens import _stretches, open_tokenizer, text_tokens
 from tiny import run_config
 
+pytestmark = pytest.mark.slow  # one run is trained for all of them
+
 STACK = StackConfig(layout="T2", d_model=32, num_heads=4, num_kv_heads=2, d_mlp=48)
 MODEL = TokensConfig(stack=STACK, vocabulary=320, init_std=0.0)
 TEXTS = ["A first text.", "x", "Zwölf Boxkämpfer — größer!", "many\n\nlines\tand  spaces " * 9, "naïve 北京 😀" * 5]
@@ -78,7 +80,6 @@ def logits_of(lm, ids):
     return np.asarray(network(jnp.asarray(ids, jnp.int32)[None]))[0]
 
 
-@pytest.mark.slow
 def test_tokens_of_a_text_are_the_tokenizers_package_own(texts):
     tokenizers = pytest.importorskip("tokenizers")
     _, _, tokenizer, stored = texts
@@ -215,7 +216,6 @@ def test_resume_and_worker_processes_change_nothing(run, place, drawn):
         assert any((next(plain)["targets"] != one["targets"]).any() for one in want)
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_to_the_same_losses(run, place):
     _, result = run
     half = token_run(place / "half", place / "cache", steps=40, optim={"lr": 1e-2}, checkpoint={"every": 20})
@@ -237,7 +237,6 @@ def test_a_run_goes_on_to_the_same_losses(run, place):
     assert mine[40] == whole[40] and len(mine) >= 8
 
 
-@pytest.mark.slow
 def test_converted_folder_gives_the_same_probabilities(run, place):
     _, result = run
     assert cli(["convert", str(result.run_dir), str(place / "folder")]) == 0
@@ -268,7 +267,6 @@ def test_transformers_reads_what_is_converted(reference_python, run, place, fiel
     np.testing.assert_allclose(logits_of(lm, np.arange(1, 21)), np.load(tmp_path / "x.npy")[0], atol=2e-5)
 
 
-@pytest.mark.slow
 def test_mistakes_are_named(run, place, tmp_path):
     config, _ = run
     with pytest.raises(ConfigError, match="not what the run began with"):
@@ -304,7 +302,6 @@ def test_mistakes_are_named(run, place, tmp_path):
         convert([str(place / "run"), str(tmp_path / "h"), "--to", "hnet"])
 
 
-@pytest.mark.slow
 def test_a_tokenizer_stays_with_its_weights(run, place, tmp_path):
     """One left by a start that trained nothing is made anew for another vocabulary or text; under trained weights it
     must be the one they were trained with, in the run, when loading and when starting from them."""
@@ -354,7 +351,6 @@ def monkey_dir(path):
         os.chdir(before)
 
 
-@pytest.mark.slow
 def test_commands_know_tokens(run, place, tmp_path, capsys):
     """A run's figure comes again, on text that is no UTF-8 too; plans count bytes; a dry run reads the tokenizer."""
     _, result = run
