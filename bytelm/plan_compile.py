@@ -36,7 +36,7 @@ def compile_for(config: Config, topology: Topology, cache: Path) -> dict[str, An
     """Compiles the train step of `config` for `topology`; the outcome of an earlier one is taken from `cache`.
 
     Returns sizes on one chip in bytes (arguments, outputs, aliased, temporaries, code), collectives of the compiled
-    text (count and bytes of one pass through each loop), seconds and versions; or {"out_of_memory": {"needs", "has"}}
+    text (count and bytes of one pass through each loop), its Pallas kernels, seconds and versions; or {"out_of_memory": {"needs", "has"}}
     in GiB where it does not fit. Raises ConfigError when libtpu is missing or refuses, naming the extra.
     """
     versions = {name: _version(name) for name in ("jax", "jaxlib", "libtpu")}
@@ -125,13 +125,14 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
             if memory is None:
                 raise
             return {"out_of_memory": memory, "seconds": time.monotonic() - began}
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     return {
         "mesh": dict(mesh.shape), "hosts": len({d.process_index for d in mesh.devices.flat}),
         "seconds": time.monotonic() - began,
         "arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
         "aliased": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
-        "code": memory.generated_code_size_in_bytes, "collectives": count_collectives(compiled.as_text()),
+        "code": memory.generated_code_size_in_bytes, "collectives": count_collectives(text),
+        "kernels": text.count('custom_call_target="tpu_custom_call"'),
     }  # fmt: skip
 
 
