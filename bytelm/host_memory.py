@@ -11,7 +11,7 @@ import itertools
 import platform
 from pathlib import Path
 
-ACCELERATORS = ("nvidiactl", "kfd", "accel*", "vfio/[0-9]*")  # device files of NVIDIA, AMD, TPUs
+ACCELERATORS = ("nvidiactl", "dxg", "kfd", "accel*", "vfio/[0-9]*")  # device files of NVIDIA (WSL), AMD, TPUs
 RESERVED = 1 << 31  # bytes of address space marked for large pages
 _ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD = -8, -4, -1  # mallopt's numbers
 _HUGEPAGE = 14  # madvise's

@@ -19,12 +19,12 @@ def check_kernels(config: Any, platform: str, name: str = "model") -> None:
 
 
 def on_any_device(config: Any) -> Any:
-    """A model config that leaves the choice of kernels to the device: weights trained on one are read on another."""
+    """A model config that asks for no device's own kernel: weights trained on one are read on another."""
     changed = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             changed[field.name] = on_any_device(value)
-        elif field.name == "attention":
+        elif field.name == "attention" and value in PLATFORMS:
             changed[field.name] = "auto"
     return dataclasses.replace(config, **changed)

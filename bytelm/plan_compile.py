@@ -36,8 +36,9 @@ def compile_for(config: Config, topology: Topology, cache: Path) -> dict[str, An
     """Compiles the train step of `config` for `topology`; the outcome of an earlier one is taken from `cache`.
 
     Returns sizes on one chip in bytes (arguments, outputs, aliased, temporaries, code), collectives of the compiled
-    text (count and bytes of one pass through each loop), its Pallas kernels, seconds and versions; or {"out_of_memory": {"needs", "has"}}
-    in GiB where it does not fit. Raises ConfigError when libtpu is missing or refuses, naming the extra.
+    text (count and bytes of one pass through each loop), its Pallas kernels, seconds and versions; or
+    {"out_of_memory": {"needs", "has"}} in GiB where it does not fit. Raises ConfigError when libtpu is missing or
+    refuses, naming the extra.
     """
     versions = {name: _version(name) for name in ("jax", "jaxlib", "libtpu")}
     if not versions["libtpu"]:

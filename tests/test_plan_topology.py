@@ -1,5 +1,6 @@
 """`bytelm plan --topology` with a real libtpu: small configs compiled for slices that are not here."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bytelm import cli, codec
+from bytelm.config import FlatConfig, StackConfig
 from tiny import run_config
 
 
@@ -85,6 +87,18 @@ def test_a_small_model_on_real_slices(plan):
     assert status == 2 and "make it a multiple of 2" in err
     status, out, _ = plan(config, "--topology", "v6e-8")
     assert status == 0 and "v6e:2x4 (v6e-8): 8 chips, 1 hosts" in out and "headroom" in out and "binds" in out
+
+
+@pytest.mark.slow
+def test_attention_in_16_bits_is_a_kernel(plan):
+    """Heads over two chips, two to a key head, narrow ones, a window, a row that is no multiple of a block."""
+    stack = StackConfig(layout="T2", d_model=96, num_heads=4, num_kv_heads=2, window=200)
+    config = dataclasses.replace(run_config("x", mesh={"tensor": 2}, data={"batch_size": 16, "seq_len": 640}),
+                                 model=FlatConfig(stack=stack, dtype="bfloat16"))  # fmt: skip
+    for options, some in (((), True), (("--model.dtype", "float32"), False)):
+        status, out, err = plan(config, "--topology", "v5e:2x4", "--json", *options)
+        assert status == 0, err
+        assert (json.loads(out)["compiled"]["kernels"] > 0) == some
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from bytelm.parallel.mesh import to_spec
 
 LANES = 128  # of a TPU's vector unit: blocks are multiples of it
-LARGEST_BLOCK = 512
+BLOCKS = (512, 256, 128)
 KEPT = "attended"  # name of what the backward pass of the kernel needs, for rematerialisation (`stack.REMAT_POLICIES`)
 
 
@@ -29,7 +29,8 @@ def splash_attend(
     Each device takes its rows and heads: the compiler cannot split a kernel by itself.
     """
     t = q.shape[1]
-    size = -(-t // LANES) * LANES
+    unit = next((b for b in BLOCKS if 6 * b <= t), LANES)  # fills up a sixth of a long row at most
+    size = -(-t // unit) * unit
     segments = jnp.zeros(q.shape[:2], jnp.int32) if segments is None else segments
 
     def run(q, k, v, segments):
@@ -61,7 +62,7 @@ def _kernel(heads, size, window, interpret):
 
     shape = (size, size)
     mask = splash.LocalMask(shape, (window - 1, 0), 0) if 0 < window < size else splash.CausalMask(shape)
-    block = next(b for b in range(min(LARGEST_BLOCK, size), 0, -LANES) if size % b == 0)
+    block = next(b for b in range(min(BLOCKS[0], size), 0, -LANES) if size % b == 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
         block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
