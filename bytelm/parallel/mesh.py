@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
@@ -55,15 +56,24 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
             f"them where one is -1), but {len(devices)} are here: change mesh.* so that they multiply to {len(devices)}"
         )
     axes, shape = tuple(sizes), tuple(sizes.values())
+    return Mesh(device_order(shape, devices), axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def device_order(shape: tuple[int, ...], devices: list) -> np.ndarray:
+    """The devices in the shape of a mesh whose first axis is `data`: neighbours in a slice are neighbours in it where
+    that can be, and an axis takes part of a side of the slice where it must.
+
+    Raises ConfigError where several slices do not divide the first axis.
+    """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices > 1:  # TPU slices joined by the slower network of their hosts: copies of the model go across it
-        if shape[0] % slices:
-            raise ConfigError(f"mesh.data={shape[0]} on {slices} slices: each holds whole copies of the model, so make "
-                              f"it a multiple of {slices}")  # fmt: skip
-        within, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(axes) - 1))
-        order = mesh_utils.create_hybrid_device_mesh(within, across, devices)
-        return Mesh(order, axes, axis_types=(AxisType.Auto,) * len(axes))
-    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    # TPU slices joined by the slower network of their hosts: copies of the model go across it.
+    if shape[0] % slices:
+        raise ConfigError(f"mesh.data={shape[0]} on {slices} slices: each holds whole copies of the model, so make "
+                          f"it a multiple of {slices}")  # fmt: skip
+    within, across = (shape[0] // slices, *shape[1:]), (slices, *(1,) * (len(shape) - 1))
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def check_rows(mesh: Mesh, rows: int, grad_accum: int = 1, name: str = "data.batch_size") -> None:

@@ -1,5 +1,8 @@
 """The rules table, the mesh, and that a run on 2 x 4 devices equals the run on one."""
 
+import math
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 from bytelm.config import AheadConfig, ConfigError, MeshConfig, StackConfig
 from bytelm.data.pipeline import Batches, load_text
 from bytelm.models.build import byte_ids, structure
-from bytelm.parallel.mesh import make_mesh, shard
+from bytelm.parallel.mesh import device_order, make_mesh, shard
 from bytelm.parallel.rules import RULES, logical_axes, path_string, state_shardings
+from bytelm.topology import GENERATIONS, shapes
 from bytelm.train.state import init_state, plan_state
 from bytelm.train.step import make_train_step, place_batch
 from tiny import HYBRID, blt, flat, hat, hnet, megabyte, run_config, spacebyte, t5
@@ -148,3 +152,30 @@ def test_state_shardings_refuses_a_wrong_rank():
 
 def test_hybrid_heads_divide_by_four():
     assert HYBRID.num_heads % 4 == 0 and HYBRID.kv_heads % 4 == 0 and HYBRID.ssm_heads % 4 == 0
+
+
+def chips(generation, shape, slices=1):
+    """What libtpu says of the chips of some slices, as far as an order needs it."""
+    kind = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite", "v5p": "TPU v5", "v4": "TPU v4"}[generation]
+    places = [(*at, *(0,) * (3 - len(at))) for at in np.ndindex(*shape)]
+    return [
+        SimpleNamespace(platform="tpu", device_kind=kind, coords=at, core_on_chip=0, slice_index=s, process_index=0,
+                        id=s * len(places) + i)
+        for s in range(slices) for i, at in enumerate(places)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("generation", list(GENERATIONS))
+def test_every_mesh_of_every_slice_has_an_order(generation):
+    """A tensor axis of 4 takes part of a side of 8 or 16, in one slice or in several."""
+    for shape in shapes(GENERATIONS[generation]):
+        count = math.prod(shape)
+        for tensor in (1, 2, 4, 8, 16):
+            for slices in (1, 2, 4):
+                if count % tensor or count * slices > 1024 or (count > 256 and tensor not in (2, 4)):
+                    continue
+                devices = chips(generation, shape, slices)
+                order = device_order((slices, count // tensor, tensor), devices)
+                assert sorted(d.id for d in order.flat) == list(range(count * slices))
+                for i in range(slices):
+                    assert len({d.slice_index for d in order[i].flat}) == 1
