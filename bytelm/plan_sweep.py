@@ -13,7 +13,7 @@ from bytelm.plan_pod import GIB, StepTimes, step_times
 from bytelm.topology import Topology
 
 # Share of a chip's memory that the formula may fill. Compiled for v5e:16x16 (TPU_SETUP.md), steps of H-Nets took 0.83
-# to 0.97 of what it says, of a flat model 1.16, of encoder-decoders 1.20 to 1.47.
+# to 1.09 of what it says, of a flat model 1.01, of encoder-decoders 1.20 to 1.47.
 ROOM, ROOM_T5 = 0.8, 0.65
 MOST_TENSOR = 16  # ways of a tensor axis: beyond, each part of a matmul is too thin for a chip
 
