@@ -213,6 +213,8 @@ def describe_pod_plan(config: Config, made: PodPlan) -> str:
         f"{e['count']} {kind} ({engineering(e['bytes'])}B)" for kind, e in made.compiled["collectives"].items()
     )
     lines += [f"  in the compiled text, each loop once: {kinds or 'none'}"]
+    if kernels := made.compiled.get("kernels"):
+        lines += [f"  and {kernels} Pallas kernels (attention)"]
     lines += ["", "seconds of a step at nominal rates, each alone:"]
     for name, value in made.seconds.items():
         lines.append(f"  {name:<18}{value:>10.4f}" + ("   binds" if name == made.binds else ""))

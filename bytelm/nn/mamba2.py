@@ -45,16 +45,9 @@ def _last_inputs(x: Float[Array, "b t *c"], lengths: Int[Array, " b"], count: in
     return jnp.where((index >= 0).reshape(*index.shape, *trailing), taken, 0)
 
 
-def _smoothed(conv, raw, segments):
+def _smoothed(conv: Conv, raw: Float[Array, "b t *c"], segments: Int[Array, "b t"] | None) -> Float[Array, "b t *c"]:
     """SiLU of a convolution, of which only the input is kept for the backward pass: to make it again is cheaper."""
-    kernel, bias, kind = conv.kernel[...], conv.bias[...], raw.dtype
-    wider = wide(kind)
-
-    def run(raw, kernel, bias):
-        y = causal_conv(raw.astype(wider), kernel.astype(wider), bias.astype(wider), segments)
-        return jax.nn.silu(y).astype(kind)
-
-    return jax.checkpoint(run, prevent_cse=False)(raw, kernel, bias)
+    return jax.checkpoint(lambda x: jax.nn.silu(conv(x, segments)), prevent_cse=False)(raw)
 
 
 class Mamba2(nnx.Module):
@@ -88,7 +81,7 @@ class Mamba2(nnx.Module):
         # As a product of matrices: D's gradient is a long sum that cancels, and those are added up in several lanes.
         D, exact = self.D[...].astype(y.dtype), jax.lax.Precision.HIGHEST
 
-        def gated(y, x, z):
+        def gated(y, x, z):  # made again in the backward pass, too
             y = y + jnp.einsum("...hp,h->...hp", x.astype(y.dtype), D, precision=exact)
             return self.norm(y * jax.nn.silu(z.astype(y.dtype)))
 
