@@ -66,6 +66,7 @@ def test_a_beam_that_loses_the_text(golden, loaded):
     assert lost > 0
 
 
+@pytest.mark.slow
 def test_scores_count_every_way(golden, loaded):
     lm = TokenizedLM(loaded["tiny_lm"].model, loaded["tiny_lm"].vocabulary, "all")
     text = (golden / "text.txt").read_bytes()[:40]

@@ -56,6 +56,7 @@ def test_bayes_is_the_mean_of_whole_texts(members):
     assert found == pytest.approx(np.logaddexp.reduce(totals + np.log([0.3, 0.7])), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_samples(members):
     ensemble = Ensemble(members)
     together = ensemble.generate_batch([b"The licen", b"def f"], 12, seed=1)

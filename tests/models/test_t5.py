@@ -55,7 +55,7 @@ def trained(config, params, batch, alpha=0.3, key=0):
     return _training(config)(params, batch, jnp.float32(alpha), jax.random.key(key))
 
 
-@pytest.mark.parametrize("kind", ["learned", "random", "fixed"])
+@pytest.mark.parametrize("kind", ["learned", *(pytest.param(k, marks=pytest.mark.slow) for k in ("random", "fixed"))])
 def test_compact_equals_masked_hard_at_every_capacity_that_holds_the_longest_row(kind):
     config, params = built(kind)
     batch = seq2seq_batch(b=4, t=24)

@@ -40,7 +40,8 @@ def run(graph, params, inputs, segments=None):
     return out.logits, out.levels[0].boundary
 
 
-@pytest.mark.parametrize("kind", ["words", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "words")])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_cached_steps_equal_the_full_forward(kind):
     network, graph, params = make(kind)
     inputs, full = rows(), np.asarray(run(*make(kind)[1:], rows())[0])

@@ -77,6 +77,7 @@ def test_interrupt_of_a_whole_pipeline_still_saves(start):
     assert len(list_steps(run / "checkpoints")) == 1
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_run(start):
     process, run = start("run", data={"workers": 2})
     wait_for_step(process, run, 2)
