@@ -245,7 +245,7 @@ def _activation_bytes(stack: StackConfig, t: int, width: int, tensor: int, piece
     if pieces > 1 and not 0 < stack.window <= t // pieces:  # by blocks of both; those of another piece, and gradients
         scores, gathered = min(keys, KEY_BLOCK) * min(1.0, QUERY_BLOCK * pieces / t), (width + 8) * kv
     elif tpu and stack.attention != "xla" and width == 2 and t >= SPLASH_FROM:
-        scores = 0.0
+        scores = 0.0  # never in memory
     elif not 0 < stack.window < t and t > 2 * QUERY_BLOCK:  # one block of queries after another
         scores = float(QUERY_BLOCK)
     inner = s.expand * d / tensor

@@ -83,7 +83,7 @@ def banded_attend(
 
 QUERY_TILE, QUERY_BLOCK, KEY_SPANS = 128, 256, 4  # measured on CPU: benchmarks/products
 KEY_BLOCK = 1024  # of rows in pieces
-SPLASH_FROM = 512
+SPLASH_FROM = 512  # positions of a row: a whole block of the kernel
 
 
 def tiled_attend(

@@ -1,24 +1,20 @@
 """The suites' oracles: a uniform model is at chance and at eight bits, one that knows the answers is at 100 %, figures
-that are worked out by hand; what a stopped evaluation keeps."""
+that are worked out by hand."""
 
-import io
 import json
 import math
 from itertools import islice, pairwise, product
-from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from bytelm.config import ConfigError
 from bytelm.data.noise import Draws
 from bytelm.data.sources import open_corpus
-from bytelm.evals import counting, cute, hellaswag, langgame, noisy, records, traps, word_tasks
+from bytelm.evals import counting, cute, hellaswag, langgame, noisy, traps, word_tasks
 from bytelm.evals.choices import Question, ask, corruptions, interval
 from bytelm.evals.entrants import Entrant
-from bytelm.evals.results import Result, Results, key_of
-from bytelm.evals.runner import headline
+from bytelm.evals.results import Result
 from bytelm.evals.suites import SUITES, Material, Sizes, units
 from bytelm.evals.summary import Summary
 from bytelm.evals.variants import PAIRS, variants_unit
@@ -204,37 +200,6 @@ class Short(Table):
         return b""
 
 
-def test_records_in_the_three_forms(tmp_path):
-    choices, contexts, written = (tmp_path / f"{name}.jsonl" for name in ("choices", "contexts", "written"))
-    choices.write_text(json.dumps({"query": "Q:", "choices": ["no", "yes"], "gold": 1}) + "\n\n")
-    contexts.write_text(json.dumps({"context_options": ["He", "She"], "continuation": "ran.", "gold": 0}) + "\n")
-    written.write_text(json.dumps({"context": "2+2=", "continuation": "4"}) + "\n"
-                       + json.dumps({"context": "say", "continuation": " no"}) + "\n")  # fmt: skip
-    (one,), (other,), both = map(records.read_records, (choices, contexts, written))
-    assert one.pairs == ((b"Q:", b" no"), (b"Q:", b" yes")) and one.gold == 1
-    assert other.pairs == ((b"He", b" ran."), (b"She", b" ran.")) and other.gold == 0
-    assert [r.pairs for r in both] == [((b"2+2=", b" 4"),), ((b"say", b" no"),)]
-    knows = Knows([Question(b"Q:", (b" yes",), 0), Question(b"He", (b" ran.",), 0), Question(b"say", (b" no",), 0)])
-    for rows, guessed in (([one], 0), ([other], 1)):  # a uniform model takes the shorter, the first of equals
-        metrics, _ = records.records_unit(knows, rows)
-        assert metrics["accuracy"] == metrics["accuracy_bytes"] == 1 and metrics["chance"] == 1 / 2
-        assert records.records_unit(uniform(), rows)[0]["accuracy"] == guessed
-    assert records.records_unit(knows, both)[0]["accuracy"] == 0.5
-    assert records.records_unit(uniform(), both)[0]["bpb"] == pytest.approx(8)
-    for line in (
-        '{"query": "x"}',
-        '{"query": "x", "choices": ["a"], "gold": 0}',
-        "[]",
-        '{"query": 1, "choices": [2, 3]}',
-    ):
-        choices.write_text(line + "\n")
-        with pytest.raises(ConfigError, match="line 1 is none of the forms"):
-            records.read_records(choices)
-    written.write_text(written.read_text() + contexts.read_text())
-    with pytest.raises(ConfigError, match="line 3 is of another form"):
-        records.read_records(written)
-
-
 def test_recovered_by_hand():
     nats = {"without": [10.0, 6.0], "clean": [6.0, 2.0], "drop": [8.0, 5.0]}
     results = [Result(t, "m", "noise", t, {"bpb": 1.0}, {"nats": n, "bytes": [1, 1]}) for t, n in nats.items()]
@@ -405,65 +370,3 @@ def test_variants_of_a_model_that_sees_one_byte():
     assert figures["slip"] == 0 < figures["same"] and 0 < figures["told"] < 1
     assert variants_unit(uniform(), 0)[0]["told"] == 0
     assert all(len(pair) == 2 and pair[0] != pair[1] for pair in PAIRS)
-
-
-def test_results_of_others_are_left_alone(tmp_path):
-    file = tmp_path / "results.jsonl"
-    for other in (b'{"doc_id": 1, "acc": 0.5}\n', b"no json\n", b'[1]\n{"key": "a"}\n'):
-        file.write_bytes(other)
-        with pytest.raises(ConfigError, match="line 1 is no result of this version of bytelm"):
-            Results(tmp_path)
-        assert file.read_bytes() == other
-
-
-def test_latest_results(tmp_path):
-    results = Results(tmp_path)
-    for key, model, bits in (("a", "m (tokens)", 2.0), ("b", "n", 3.0), ("c", "m (tokens)", 1.0)):
-        results.add(Result(key, model, "bpb", "text", {"bpb": bits}))
-    again = Results(tmp_path)
-    assert [(r.key, r.model) for r in again.latest({})] == [("c", "m (tokens)"), ("b", "n")]
-    assert [r.key for r in again.latest({}, {"m"})] == ["c"] and again.latest({}, {"o"}) == []
-    results.path.write_bytes(results.path.read_bytes().rstrip(b"\n"))  # as files are that are joined by hand
-    more = Results(tmp_path)
-    more.add(Result("d", "n", "bpb", "text", {}))
-    assert list(more.found) == list(Results(tmp_path).found) == ["a", "b", "c", "d"]
-
-
-def test_the_headline_fits_a_terminal():
-    """Nine models, names of which are long: whole figures, every model."""
-    names = [f"run{n}" for n in range(8)] + ["SmolLM2-135M-Instruct.Q4_1 (bytes)"]
-    results = [Result(n, n, "bpb", "text", {"bpb": 1.234}) for n in names]
-    results += [Result(f"{n} size", n, "model", "size", {"parameters": 1.2e6, "window_tokens": 8192.0}) for n in names]
-    console = Console(width=80, record=True, file=io.StringIO())
-    for table in headline(Summary(results), console.width):
-        console.print(table)
-    said = console.export_text()
-    assert said.count("1.234") == said.count("1.2 M") == said.count("8,192 tokens") == 9
-    assert all(name in said for name in names[:8]) and "SmolLM2" in said and max(map(len, said.splitlines())) <= 80
-
-
-def test_results_of_one_set_are_shown_together(tmp_path):
-    """Another seed or size was asked, and stopped: its results do not mix with those of the whole one before."""
-    results = Results(tmp_path)
-    for key, task, which, nats in (("a", "without", "s", [3.0, 3.0]), ("b", "clean", "s", [1.0, 1.0]),
-                                   ("c", "drop", "s", [2.0, 2.0]), ("d", "without", "t", [9.0])):  # fmt: skip
-        results.add(Result(key, "m", "noise", task, {"bpb": 1.0}, {"nats": nats, "bytes": [1]}, which))
-    assert [r.key for r in Results(tmp_path).latest({})] == ["d"]
-    shown = Results(tmp_path).latest({"noise": "s"})
-    assert [r.key for r in shown] == ["a", "b", "c"] and Summary(shown).recovered("m", "drop") == 0.5
-
-
-def test_results_outlive_a_crash(tmp_path):
-    results = Results(tmp_path / "out")
-    results.add(Result("a", "m", "bpb", "text", {"bpb": 2.5, "odd": math.nan}, {"é": [1]}))
-    with results.path.open("ab") as file:
-        file.write(b'{"key": "b", "model": "m", "sui')
-    again = Results(tmp_path / "out")
-    assert list(again.found) == ["a"] and math.isnan(again.found["a"].metrics["odd"])
-    again.add(Result("b", "m", "bpb", "text", {"bpb": 2.0}))
-    assert list(Results(tmp_path / "out").found) == ["a", "b"]
-    assert all(json.loads(line) for line in results.path.read_text().splitlines())
-    assert key_of(a=1, b=[2]) == key_of(b=[2], a=1) != key_of(a=1, b=[3])
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
-        Results(Path(tmp_path / "file"))
