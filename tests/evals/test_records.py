@@ -1,13 +1,32 @@
 """Questions in llm-foundry's three forms: how they are read, and what is wrong with a file."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from bytelm.config import ConfigError
 from bytelm.evals import records
 from bytelm.evals.choices import Question
-from models import Knows, uniform
+from bytelm.protocol import Score
+from models import Knows, Table, uniform
+
+
+class Short(Table):
+    """Has room for 64 bytes, and does not say what is greedy."""
+
+    def __init__(self):
+        super().__init__(np.full((257, 257), -math.log(257)))
+        self.window, self.asked = 64, []
+
+    def score_batch(self, *args, **more):
+        return [Score(s.total, s.per_byte) for s in super().score_batch(*args, **more)]
+
+    def generate(self, prompt, max_bytes=200, **more):
+        assert len(prompt) + max_bytes == self.window
+        self.asked.append(prompt)
+        return b"yes"
 
 
 def test_records_in_the_three_forms(tmp_path):
@@ -39,3 +58,12 @@ def test_records_in_the_three_forms(tmp_path):
     written.write_text(written.read_text() + contexts.read_text())
     with pytest.raises(ConfigError, match="line 3 is of another form"):
         records.read_records(written)
+
+
+def test_a_model_with_little_room_writes_behind_the_end_of_a_context(tmp_path):
+    """Where scores do not say what is greedy, the model writes, and is never asked for more than it holds."""
+    file, context = tmp_path / "written.jsonl", "x" * 100 + "is it? "
+    file.write_text("".join(json.dumps({"context": context, "continuation": c}) + "\n" for c in ("yes", "no!")))
+    lm = Short()
+    assert records.records_unit(lm, records.read_records(file))[0]["accuracy"] == 0.5
+    assert lm.asked == [context.encode()[-61:]] * 2

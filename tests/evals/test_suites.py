@@ -18,7 +18,6 @@ from bytelm.evals.results import Result
 from bytelm.evals.suites import SUITES, Material, Sizes, units
 from bytelm.evals.summary import Summary
 from bytelm.evals.variants import PAIRS, variants_unit
-from bytelm.protocol import Score
 from models import Knows, Table, uniform
 
 TEXT = ("It was the best of times, it was the worst of times; wisdom and foolishness together. "
@@ -183,21 +182,6 @@ def test_written_answers(material):
         unit = next(u for u in units(["cute"], material, True) if (u.suite, u.task) == ("cute-written", task))
         metrics, details = unit.run(entrant)
         assert metrics["accuracy"] == 1, details
-
-
-class Short(Table):
-    """Has room for 64 bytes, and does not say what is greedy."""
-
-    def __init__(self):
-        super().__init__(np.full((257, 257), -math.log(257)))
-        self.window = 64
-
-    def score_batch(self, *args, **more):
-        return [Score(s.total, s.per_byte) for s in super().score_batch(*args, **more)]
-
-    def generate(self, prompt, max_bytes=200, **more):
-        assert len(prompt) + max_bytes <= self.window
-        return b""
 
 
 def test_recovered_by_hand():
