@@ -6,8 +6,9 @@ temperature: the text is that of plain decoding with the same seed (but where ro
 so is its distribution. A fixed guess is kept with the model's probability of it, which is the best there is.
 
 Three ways to guess. `copy`: what followed the last place where the text's last bytes stood before (aggressive decoding,
-Ge et al. 2022; prompt lookup; CopySpec). `own`: an H-Net's outermost decoder goes on past the chunk's boundary by
-itself, without asking the inner network anew (self-speculation within the hierarchy, as in Fast BLT). `heads`: a model
+Ge et al. 2022; prompt lookup; CopySpec). `own`: the outermost encoder and decoder of an H-Net, HAT, SpaceByte or
+BLT go on past the chunk's boundary by themselves, without asking the inner network anew (self-speculation within the
+hierarchy, as in Fast BLT). `heads`: a model
 with heads for further bytes (`models/ahead.py`) says what follows while it verifies what it said before (as EvaByte,
 Medusa). Guesses of both draw with the keys of the bytes that they guess.
 """
@@ -38,11 +39,9 @@ def check_draft(draft: Draft, network: nnx.Module) -> None:
         raise ConfigError(f"draft={draft!r}: choose none, copy, own or heads")
     if draft == "none":
         return
-    if not hasattr(network, "extend") or (isinstance(network, HNet) and network.told):
-        raise ConfigError(f"draft={draft!r}: flat models, H-Nets with learned chunks, encoder-decoders and tokenized "
-                          "models read several bytes at once, this one does not")  # fmt: skip
-    if draft == "own" and not (isinstance(network, HNet) and network.config.levels):
-        raise ConfigError("draft='own': only an H-Net has a decoder that can go on by itself; choose copy")
+    if draft == "own" and (not hasattr(network, "alone") or (isinstance(network, HNet) and not network.config.levels)):
+        raise ConfigError("draft='own': only an H-Net, HAT, SpaceByte or BLT has a decoder that can go on by itself "
+                          "past the end of a chunk; choose copy")  # fmt: skip
     if draft == "heads" and not hasattr(network, "ahead"):
         raise ConfigError("draft='heads': this model was trained without heads for further bytes (model.ahead.bytes)")
 
@@ -83,12 +82,10 @@ def _verify(graph, params, alphabet, cache, keys, drawn, drafts, lengths, sampli
 def _own(graph, params, alphabet, cache, keys, drawn, symbols, sampling, count):
     """`count` guesses behind `symbols` [b] by the outermost encoder and decoder alone, [b, count]."""
     network = nnx.merge(graph, params)
-    every = jnp.ones(symbols.shape, bool)
 
     def one(carry, i):
         cache, symbol = carry
-        pending, cache = network.front(alphabet[0][jnp.minimum(symbol, END)], cache, every)
-        logits, cache = network.back(pending, cache, every)
+        logits, cache = network.alone(alphabet[0][jnp.minimum(symbol, END)], cache)
         symbol = _draw(alphabet, logits, keys, drawn + 1 + i, sampling)
         return (cache, symbol), symbol
 

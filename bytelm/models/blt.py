@@ -8,138 +8,29 @@ Where patches begin is known one byte ahead (`models/patcher.py`): in training f
 from the entropy model that is part of the network.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from bytelm.config import BLTConfig, StackConfig, parse_layout
+from bytelm.config import BLTConfig, parse_layout
 from bytelm.models.base import Output
 from bytelm.models.chunking import segment_starts
-from bytelm.models.patcher import Patcher, PatchState, begins_of, flat_ids
+from bytelm.models.patch_attention import CrossAttention, PatchGuide, PatchPooling, PatchSlots, PatchStep
+from bytelm.models.patcher import Patcher, PatchState, PatchTrail, begins_of, flat_ids
 from bytelm.models.units import Units, make_units, unit_output
-from bytelm.nn.cache import StackCache
-from bytelm.nn.compaction import expand
+from bytelm.nn.cache import StackCache, if_needed, newest
+from bytelm.nn.compaction import compact, slot_positions
 from bytelm.nn.hashing import PRIMES, ngram_hashes
-from bytelm.nn.layers import Embedding, Linear, RMSNorm, wide
-from bytelm.nn.segment import segment_max, segment_softmax
+from bytelm.nn.layers import Embedding, Linear, wide
 from bytelm.nn.stack import Stack
 from bytelm.parallel.mesh import shard
 from bytelm.vocab import BLT_IDS
 
 VOCABULARY = 260
-
-
-class CrossAttention(nnx.Module):
-    """Attention between bytes and the vectors of patches, without positions: norms, projections, residual."""
-
-    def __init__(self, c: StackConfig, *, std: float, doubled: bool, dtype: str, rngs: nnx.Rngs):
-        d, more = c.d_model, dict(std=std, dtype=dtype, rngs=rngs)
-        self.q_norm, self.k_norm = (RMSNorm((d,), eps=c.norm_eps, dtype=dtype) for _ in range(2))
-        self.q = Linear((d,), (c.num_heads, c.head_width), **more)
-        self.k, self.v = (Linear((d,), (c.kv_heads, c.head_width), **more) for _ in range(2))
-        self.out = Linear((c.num_heads, c.head_width), (d,), **more)
-        self.groups, self.residual = c.num_heads // c.kv_heads, 2 if doubled else 1
-
-    def queries(self, x: Float[Array, "*b d"]) -> Float[Array, "*b h k"]:
-        return self.q(self.q_norm(x))
-
-    def keys(self, x: Float[Array, "*b d"]) -> tuple[Array, Array]:
-        """Keys and values, a pair for each query head."""
-        keys, values = self.shared_keys(x)
-        return self.spread(keys), self.spread(values)
-
-    def shared_keys(self, x: Float[Array, "*b d"]) -> tuple[Array, Array]:
-        """Keys and values of the heads that there are."""
-        x = self.k_norm(x)
-        return self.k(x), self.v(x)
-
-    def spread(self, x: Float[Array, "*b g k"]) -> Float[Array, "*b h k"]:
-        """Heads that several query heads share, once for each of these."""
-        return jnp.repeat(x, self.groups, axis=-2)
-
-    def close(self, x: Float[Array, "*b d"], read: Float[Array, "*b h k"]) -> Float[Array, "*b d"]:
-        """What was read, on top of the residual."""
-        return self.residual * x + self.out(read.astype(self.out.dtype)).astype(x.dtype)
-
-    def few(
-        self, x: Float[Array, "*b d"], keys: Float[Array, "*b n h k"], values: Float[Array, "*b n h k"]
-    ) -> Float[Array, "*b d"]:
-        """Every position of x attends to n vectors of its own."""
-        kind = wide(keys.dtype)
-        q = self.queries(x).astype(kind) * keys.shape[-1] ** -0.5
-        weights = jax.nn.softmax(jnp.einsum("...hk,...nhk->...nh", q, keys.astype(kind)), axis=-2)
-        return self.close(x, jnp.einsum("...nh,...nhk->...hk", weights, values.astype(kind)))
-
-
-class PatchPooling(nnx.Module):
-    """The vectors of a patch: its bytes' largest features, projected, attend to the bytes."""
-
-    def __init__(self, c: BLTConfig, *, rngs: nnx.Rngs):
-        d, more = c.encoder.d_model, dict(std=c.init_std, dtype=c.dtype, rngs=rngs)
-        self.split = Linear((d,), (c.queries, d), **more)
-        self.cross = CrossAttention(c.encoder, doubled=c.doubled, **more)
-
-    def __call__(self, h: Float[Array, "b t d"], units: Units) -> Float[Array, "b c q d"]:
-        start = self.split(segment_max(h, units.number, units.slots))
-        queries = expand(self.cross.queries(start), jnp.minimum(units.number, units.slots - 1))  # b t q h k
-        keys, values = self.cross.keys(h)
-        kind = wide(keys.dtype)
-        scores = jnp.einsum("btqhk,bthk->btqh", queries.astype(kind), keys.astype(kind)) * keys.shape[-1] ** -0.5
-        b, t, q, heads = scores.shape
-        many = jnp.broadcast_to(values[:, :, None], (b, t, q, *values.shape[2:])).reshape(b, t, q * heads, -1)
-        read = segment_softmax(scores.reshape(b, t, -1), many, units.number, units.slots)
-        return self.cross.close(start, read.reshape(b, units.slots, q, heads, -1))
-
-    def one(
-        self, top: Float[Array, "b d"], keys: Float[Array, "b n g k"], values: Float[Array, "b n g k"],
-        mine: Bool[Array, "b n"],
-    ) -> Float[Array, "b q d"]:  # fmt: skip
-        """The vectors of one patch a row, of the bytes that are `mine`."""
-        start = self.split(top)
-        keys, values = self.cross.spread(keys), self.cross.spread(values)
-        kind = wide(keys.dtype)
-        queries = self.cross.queries(start).astype(kind) * keys.shape[-1] ** -0.5
-        scores = jnp.einsum("bqhk,bnhk->bqhn", queries, keys.astype(kind))
-        weights = jax.nn.softmax(jnp.where(mine[:, None, None], scores, jnp.finfo(kind).min), axis=-1)
-        return self.cross.close(start, jnp.einsum("bqhn,bnhk->bqhk", weights, values.astype(kind)))
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class PatchGuide:
-    """In front of each decoder block, bytes attend to the vectors of the patch in their slot (`nn.stack.Guide`)."""
-
-    cross: CrossAttention  # of all layers, stacked
-    patches: Float[Array, "b c q d"]
-    slot: Int[Array, "b t"]
-
-    def at_layers(self, begin: int, count: int) -> CrossAttention:
-        return jax.tree.map(lambda x: x[begin : begin + count], self.cross)
-
-    def enter(self, r: Float[Array, "b t d"], layer: CrossAttention) -> Float[Array, "b t d"]:
-        keys, values = (expand(x, self.slot) for x in layer.keys(self.patches))
-        return layer.few(r, keys, values)
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class PatchStep:
-    """The same in a step, with the keys and values of one patch a row."""
-
-    cross: CrossAttention
-    keys: Float[Array, "l b q h k"]
-    values: Float[Array, "l b q h k"]
-
-    def at_layers(self, begin: int, count: int) -> Any:
-        return jax.tree.map(lambda x: x[begin : begin + count], (self.cross, self.keys, self.values))
-
-    def enter(self, r: Float[Array, "b d"], layer: Any) -> Float[Array, "b d"]:
-        cross, keys, values = layer
-        return cross.few(r, keys, values)
 
 
 @jax.tree_util.register_dataclass
@@ -157,6 +48,23 @@ class BLTCache:
     keys: Float[Array, "b s g k"]  # of bytes, by position
     values: Float[Array, "b s g k"]
     read: tuple[Array, Array] = field(default_factory=tuple)  # keys and values for each decoder layer: l b q h k
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class BLTTrail:
+    """Of several inputs that a network has read and may keep."""
+
+    encoder: Any
+    main: Any
+    decoder: Any
+    ids: Int[Array, "b s"]  # those of now behind the last ones before
+    patch: PatchTrail
+    begin: Int[Array, "b q"]  # of the patch that each is in
+    top: Float[Array, "b q d"]
+    keys: Float[Array, "b q g k"]
+    values: Float[Array, "b q g k"]
+    read: tuple[Array, Array]  # of patches, the newest whole one before all others: l b c q h k
 
 
 class BLT(nnx.Module):
@@ -282,8 +190,8 @@ class BLT(nnx.Module):
         )  # fmt: skip
         return self.head(y[rows, last]), cache
 
-    def _layer_keys(self, patch: Float[Array, "b q d"]) -> tuple[Array, Array]:
-        """Keys and values of one patch a row for each decoder layer that reads it."""
+    def _layer_keys(self, patch: Float[Array, "*b q d"]) -> tuple[Array, Array]:
+        """Keys and values of patches for each decoder layer that reads them."""
         return jax.vmap(lambda cross: cross.keys(patch))(self.read)
 
     def step(self, inputs: Int[Array, " b"], cache: BLTCache) -> tuple[Float[Array, "b v"], BLTCache]:
@@ -314,6 +222,77 @@ class BLT(nnx.Module):
         guide = PatchStep(self.read, *read)
         y, decoder = self._decode(lambda x, guide=None: self.decoder.step(x, cache.decoder, guide=guide), h, guide)
         return self.head(y), BLTCache(encoder, main, decoder, recent, patch, begin, top, keys, values, read)
+
+    def alone(self, inputs: Int[Array, " b"], cache: BLTCache) -> tuple[Float[Array, "b v"], BLTCache]:
+        """A step that neither asks where patches begin nor runs the global stack: a guess."""
+        recent = jnp.concatenate([cache.recent[:, 1:], inputs[:, None]], axis=1)
+        h, encoder = self.encoder.step(self._enter(inputs, recent), cache.encoder)
+        guide = PatchStep(self.read, *cache.read)
+        y, decoder = self._decode(lambda x, guide=None: self.decoder.step(x, cache.decoder, guide=guide), h, guide)
+        return self.head(y), replace(cache, encoder=encoder, decoder=decoder, recent=recent)
+
+    def extend(
+        self, inputs: Int[Array, "b q"], cache: BLTCache
+    ) -> tuple[Float[Array, "b q v"], BLTTrail, Float[Array, "b q d"]]:
+        """After each of several more inputs per row: logits, the trail that `keep` reads, what the logits are made of.
+        The global stack reads all patches that end in them at once."""
+        (b, q), n = inputs.shape, self._longest_group
+        place = cache.encoder.lengths[:, None] + jnp.arange(q)
+        ids = jnp.concatenate([cache.recent, inputs], axis=1)
+        recent = ids[:, jnp.arange(q)[:, None] + 1 + jnp.arange(n)]
+        h, encoder = self.encoder.extend(self._enter(inputs, recent), cache.encoder)
+        patch = self.patcher.extend(flat_ids(inputs, self.ids), cache.patch)
+        begins, ends = patch.begins(cache.patch), slot_positions(patch.fires, q)
+        begin = jnp.maximum(cache.begin[:, None], jax.lax.cummax(jnp.where(begins, place, 0), axis=1))
+
+        def largest(top, column):
+            x, begins = column
+            top = jnp.where(begins[:, None], x, jnp.maximum(top, x))
+            return top, top
+
+        top = jnp.swapaxes(jax.lax.scan(largest, cache.top, (jnp.swapaxes(h, 0, 1), begins.T))[1], 0, 1)
+        new = self.pool.cross.shared_keys(h)
+
+        def run():
+            rows = jnp.arange(b)[:, None]
+            keys, values = (x.at[rows, place].set(y, mode="drop") for x, y in zip((cache.keys, cache.values), new))
+            index, first, last = jnp.arange(keys.shape[1]), *(compact(x, ends)[..., None] for x in (begin, place))
+            pool = jax.vmap(self.pool.one, (1, None, None, 1), 1)
+            patches = pool(compact(top, ends), keys, values, (index >= first) & (index <= last))
+            o, main = self.main.extend(self._widen(patches), cache.main)
+            return main, self._layer_keys(self.part(o))
+
+        main, read = if_needed(jnp.any(patch.fires), run)
+        read = jax.tree.map(lambda old, new: jnp.concatenate([old[:, :, None], new], axis=2), cache.read, read)
+        guide = PatchSlots(self.read, *read, jnp.cumsum(patch.fires, axis=1))
+        trails = {}
+
+        def decode(x, guide=None):
+            y, trails["decoder"] = self.decoder.extend(x, cache.decoder, guide)
+            return y
+
+        y = self._decode(decode, h, guide)
+        return self.head(y), BLTTrail(encoder, main, trails["decoder"], ids, patch, begin, top, *new, read), y
+
+    def keep(self, cache: BLTCache, trail: BLTTrail, kept: Int[Array, " b"]) -> BLTCache:
+        """The cache after the first `kept` inputs of a trail."""
+        index = jnp.arange(trail.begin.shape[1])
+        within = index < kept[:, None]
+        whole = jnp.sum(trail.patch.fires & within, axis=1)  # patches
+        rows, room = jnp.arange(len(kept)), cache.keys.shape[1]
+        place = jnp.where(within, cache.encoder.lengths[:, None] + index, room)
+        keys, values = (
+            old.at[rows[:, None], place].set(new, mode="drop")
+            for old, new in ((cache.keys, trail.keys), (cache.values, trail.values))
+        )
+        recent = jnp.take_along_axis(trail.ids, kept[:, None] + jnp.arange(self._longest_group), axis=1)
+        return BLTCache(
+            self.encoder.keep(cache.encoder, trail.encoder, kept), self.main.keep(cache.main, trail.main, whole),
+            self.decoder.keep(cache.decoder, trail.decoder, kept), recent,
+            self.patcher.keep(cache.patch, trail.patch, kept), newest(trail.begin, kept, cache.begin),
+            newest(trail.top, kept, cache.top), keys, values,
+            jax.tree.map(lambda x: x[:, rows, whole], trail.read),
+        )  # fmt: skip
 
     def empty_cache(self, b: int, max_length: int) -> BLTCache:
         """The cache of rows that have seen nothing yet."""

@@ -8,22 +8,33 @@ A word is known to have begun once its first character is whole. `strict` guides
 word's first byte, which the published models were trained with, though a reader of bytes cannot know so early.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from bytelm.config import HAT_RESERVED, HATConfig, parse_layout
 from bytelm.data.word_rule import CAUSAL_START, START, UNKNOWN_SHIFT
 from bytelm.models.base import Output
 from bytelm.models.chunking import segment_starts
 from bytelm.models.units import Units, make_units, unit_output
-from bytelm.models.word_steps import DECIDED, WAITING, WordState, new_words, read_byte, word_marks, words_behind
-from bytelm.nn.cache import StackCache
-from bytelm.nn.layers import Embedding, HeadNorm, Linear, make_norm, rotate, wide
+from bytelm.models.word_pooling import GuideLayers, PoolState, WordPooling, pool_state
+from bytelm.models.word_steps import (
+    DECIDED,
+    WAITING,
+    WordState,
+    WordTrail,
+    new_words,
+    read_byte,
+    read_bytes,
+    word_marks,
+    words_behind,
+)
+from bytelm.nn.cache import StackCache, if_needed, newest, pick
+from bytelm.nn.layers import Embedding, Linear, wide
 from bytelm.nn.segment import segment_softmax
 from bytelm.nn.stack import SlotGuide, Stack, StepGuide
 from bytelm.parallel.mesh import shard
@@ -35,101 +46,6 @@ VOCABULARY = 256
 def hat_ids(config: HATConfig) -> ByteIds:
     """How HAT numbers bytes."""
     return ByteIds(start=config.start, end=192, reserved=bytes(HAT_RESERVED))
-
-
-def repeat_heads(x: Float[Array, "*b g k"], heads: int) -> Float[Array, "*b h k"]:
-    """Heads that several others share, once for each of them."""
-    return jnp.repeat(x, heads // x.shape[-2], axis=-2)
-
-
-class WordPooling(nnx.Module):
-    """One learned query per word attends to the word's own bytes; rotary phases are word number - byte number."""
-
-    def __init__(self, c: HATConfig, *, rngs: nnx.Rngs):
-        d, wider = c.encoder.d_model, c.backbone.d_model
-        heads, kv, width = c.pool_heads, c.pool_kv_heads or c.pool_heads, c.backbone.d_model // c.pool_heads
-        more = dict(std=c.init_std, dtype=c.dtype, rngs=rngs)
-        self.query = nnx.Param(jax.random.normal(rngs.params(), (wider,), jnp.float32) * (c.init_std or wider**-0.5))
-        self.q = Linear((wider,), (heads, width), **more)
-        self.k, self.v = Linear((d,), (kv, width), **more), Linear((d,), (kv, width), **more)
-        self.out = Linear((heads, width), (wider,), **more)
-        if c.pool_norm != "none":
-            norm = dict(over=c.pool_norm, eps=c.encoder.norm_eps, dtype=c.dtype)
-            self.q_norm, self.k_norm = HeadNorm("rms", heads, width, **norm), HeadNorm("rms", kv, width, **norm)
-        self.config = c
-
-    def keys(self, h: Float[Array, "*b d"]) -> tuple[Array, Array]:
-        """Keys (not turned) and values of bytes, a pair for each query head."""
-        keys = self.k(h)
-        if self.config.pool_norm != "none":
-            keys = self.k_norm(keys)
-        return repeat_heads(keys, self.config.pool_heads), repeat_heads(self.v(h), self.config.pool_heads)
-
-    def scores(self, keys: Float[Array, "b t h k"], phase: Int[Array, "b t"]) -> Float[Array, "b t h"]:
-        """q . k of bytes whose number is `phase` above that of their word: turning the key by the difference is turning
-        both by their own."""
-        kind = wide(keys.dtype)
-        query = self.q(self.query[...])
-        query = (query if self.config.pool_norm == "none" else self.q_norm(query)).astype(kind)
-        c = self.config
-        turned = rotate(keys, phase, keys.shape[-1], c.pool_theta, c.pool_stretch).astype(kind)
-        return jnp.sum(turned * query, axis=-1) * keys.shape[-1] ** -0.5
-
-    def __call__(self, h: Float[Array, "b t d"], units: Units) -> Float[Array, "b c e"]:
-        keys, values = self.keys(h)
-        scores = self.scores(keys, units.place - units.index)
-        pooled = segment_softmax(scores, values, units.number, units.slots)
-        return self.out(pooled.astype(h.dtype))
-
-
-class GuideLayers(nnx.Module):
-    """What each decoder layer adds of a guide: out(v(norm(guide))). Weights are stacked [l, ...].
-
-    In the published code this is an attention over one key, whose query, key and softmax cannot change anything."""
-
-    def __init__(self, c: HATConfig, layers: int, *, rngs: nnx.Rngs):
-        d, wider = c.decoder.d_model, c.backbone.d_model
-        heads, kv = c.guide_heads, c.guide_kv_heads or c.guide_heads
-
-        def make(key):
-            more = dict(std=c.init_std, dtype=c.dtype, rngs=nnx.Rngs(params=key))
-            return OneGuide(c, Linear((wider,), (kv, d // heads), **more), Linear((heads, d // heads), (d,), **more))
-
-        self.layer = jax.vmap(make)(jax.random.split(rngs.params(), layers))
-
-    def __call__(self, guide: Float[Array, "*b e"]) -> Float[Array, "l *b d"]:
-        _, out = jax.lax.scan(lambda _, layer: (None, layer(guide)), None, self.layer)
-        return out
-
-
-class OneGuide(nnx.Module):
-    """One layer of `GuideLayers`."""
-
-    def __init__(self, c: HATConfig, v: Linear, out: Linear):
-        self.norm = make_norm("rms", c.backbone.d_model, eps=c.decoder.norm_eps, dtype=c.dtype)
-        self.v, self.out = v, out
-
-    def __call__(self, guide: Float[Array, "*b e"]) -> Float[Array, "*b d"]:
-        return self.out(repeat_heads(self.v(self.norm(guide)), self.out.kernel.shape[0]))
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class PoolState:
-    """The softmax over the bytes of a word so far: largest score, sum of weights, weighted sum of values."""
-
-    top: Float[Array, "b h"]
-    mass: Float[Array, "b h"]
-    total: Float[Array, "b h k"]
-
-    def add(self, score: Float[Array, "b h"], value: Float[Array, "b h k"], rows: Bool[Array, " b"]) -> "PoolState":
-        """With one more byte in some rows."""
-        score = jnp.where(rows[:, None], score.astype(self.top.dtype), -jnp.inf)
-        top = jnp.maximum(self.top, score)
-        finite = jnp.where(jnp.isfinite(top), top, 0)
-        old, new = jnp.exp(self.top - finite), jnp.exp(score - finite)
-        total = old[..., None] * self.total + new[..., None] * jnp.where(rows[:, None, None], value, 0)
-        return PoolState(top, old * self.mass + new, total)
 
 
 @jax.tree_util.register_dataclass
@@ -146,6 +62,24 @@ class HATCache:
     keys: Float[Array, "b n h k"]  # of bytes that wait, oldest first
     values: Float[Array, "b n h k"]
     guide: Float[Array, "b e"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class HATTrail:
+    """Of several inputs that a network has read and may keep. Elements are the bytes that waited before, then the
+    inputs; in front of the scores and values stands the word so far."""
+
+    encoder: Any
+    decoder: Any
+    backbone: Any
+    words: WordTrail
+    keys: Float[Array, "b s h k"]
+    values: Float[Array, "b n h k"]
+    scores: Float[Array, "b n h"]
+    number: Int[Array, "b n"]  # of each element's word; 0 is the word so far
+    ended: Int[Array, "b q"]  # how many words have ended with each input
+    guides: Float[Array, "b c e"]  # that of now, then those behind the words that end
 
 
 class HAT(nnx.Module):
@@ -249,10 +183,7 @@ class HAT(nnx.Module):
         keys, values = self.pool.keys(h)
         position = jnp.arange(t)
         mine = (units.number == index[:, None]) & (position < (lengths - words.waiting)[:, None])
-        scores = jnp.where(mine[..., None], self.pool.scores(keys, units.place - units.index), -jnp.inf)
-        top = jnp.max(scores, axis=1)
-        weight = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0)[:, None])
-        pool = PoolState(top, weight.sum(axis=1), jnp.einsum("bth,bthk->bhk", weight, values.astype(weight.dtype)))
+        pool = pool_state(self.pool.scores(keys, units.place - units.index), values, mine)
         tail = jnp.clip(lengths[:, None] - words.waiting[:, None] + jnp.arange(WAITING), 0, t - 1)[..., None, None]
         cache = HATCache(
             encoder, decoder, backbone, words, index, pool, jnp.take_along_axis(keys, tail, 1),
@@ -282,8 +213,7 @@ class HAT(nnx.Module):
 
             def run(carry):
                 backbone, guide = carry
-                word = pool.total / jnp.where(pool.mass > 0, pool.mass, 1)[..., None]
-                o, backbone = self.backbone.step(self.pool.out(word.astype(c.dtype)), backbone, ended)
+                o, backbone = self.backbone.step(self.pool.out(pool.mean.astype(c.dtype)), backbone, ended)
                 return backbone, jnp.where(ended[:, None], o, guide)
 
             backbone, guide = jax.lax.cond(jnp.any(ended), run, lambda carry: carry, (backbone, guide))
@@ -302,6 +232,64 @@ class HAT(nnx.Module):
         from_ = jnp.minimum(from_, WAITING)[..., None, None]
         keys, values = jnp.take_along_axis(keys, from_, axis=1), jnp.take_along_axis(values, from_, axis=1)
         return self.head(y), HATCache(encoder, decoder, backbone, words, index, pool, keys, values, guide)
+
+    def alone(self, inputs: Int[Array, " b"], cache: HATCache) -> tuple[Float[Array, "b v"], HATCache]:
+        """A step that looks for no words and does not run the backbone: a guess."""
+        h, encoder = self.encoder.step(self.embed(inputs), cache.encoder)
+        y, decoder = self.decoder.step(h, cache.decoder, guide=StepGuide(self._guides(cache.guide)))
+        return self.head(y), replace(cache, encoder=encoder, decoder=decoder)
+
+    def extend(
+        self, inputs: Int[Array, "b q"], cache: HATCache
+    ) -> tuple[Float[Array, "b q v"], HATTrail, Float[Array, "b q d"]]:
+        """After each of several more inputs per row: logits, the trail that `keep` reads, what the logits are made of.
+        The backbone reads all words that end in them at once."""
+        c, (b, q) = self.config, inputs.shape
+        rows, waited = jnp.arange(b)[:, None], cache.words.waiting[:, None]
+        h, encoder = self.encoder.extend(self.embed(inputs), cache.encoder)
+        keys, values = (
+            jnp.pad(old, ((0, 0), (0, q), (0, 0), (0, 0))).at[rows, waited + jnp.arange(q)].set(new)
+            for old, new in zip((cache.keys, cache.values), self.pool.keys(h))
+        )
+        words = read_bytes(cache.words, inputs, c.rule, c.max_word)
+        number = jnp.cumsum(words.begins, axis=1)
+        place = cache.encoder.lengths[:, None] - waited + jnp.arange(WAITING + q)
+        scores = self.pool.scores(keys, place - cache.index[:, None] - number)
+        score, value = cache.pool.as_byte()
+        scores = jnp.concatenate([score[:, None], scores], axis=1)
+        values = jnp.concatenate([value[:, None], values.astype(value.dtype)], axis=1)
+        number = jnp.pad(number, ((0, 0), (1, 0)))
+
+        some = (cache.index >= 0)[:, None]  # else the first word of a row is yet to begin, and nothing ends there
+        ended = jnp.where(some, words.known, jnp.maximum(words.known - 1, 0))
+
+        def run():
+            pooled = segment_softmax(scores, values, jnp.where(some, number, number - 1), WAITING + q)
+            return self.backbone.extend(self.pool.out(pooled.astype(c.dtype)), cache.backbone)
+
+        o, backbone = if_needed(jnp.any(ended > 0), run)
+        guides = jnp.concatenate([cache.guide[:, None], o], axis=1)
+        every = self._guides(guides)
+        y, decoder = self.decoder.extend(h, cache.decoder, SlotGuide(every, every[:, 0, 0], ended))
+        trail = HATTrail(encoder, decoder, backbone, words, keys, values, scores, number, ended, guides)
+        return self.head(y), trail, y
+
+    def keep(self, cache: HATCache, trail: HATTrail, kept: Int[Array, " b"]) -> HATCache:
+        """The cache after the first `kept` inputs of a trail."""
+        zero = jnp.zeros_like(kept)
+        known, ended = newest(trail.words.known, kept, zero), newest(trail.ended, kept, zero)
+        decided = newest(trail.words.decided, kept, zero)
+        element = jnp.arange(trail.number.shape[1])  # 0: the word so far
+        pool = pool_state(trail.scores, trail.values, (trail.number == known[:, None]) & (element <= decided[:, None]))
+        tail = jnp.minimum(decided[:, None] + jnp.arange(WAITING), trail.keys.shape[1] - 1)[..., None, None]
+        keys, values = jnp.take_along_axis(trail.keys, tail, 1), jnp.take_along_axis(trail.values[:, 1:], tail, 1)
+        words = jax.tree.map(lambda new, old: newest(new, kept, old), trail.words.states, cache.words)
+        return HATCache(
+            self.encoder.keep(cache.encoder, trail.encoder, kept),
+            self.decoder.keep(cache.decoder, trail.decoder, kept),
+            self.backbone.keep(cache.backbone, trail.backbone, ended), words, cache.index + known, pool, keys,
+            values.astype(cache.values.dtype), pick(trail.guides, ended),
+        )  # fmt: skip
 
     def empty_cache(self, b: int, max_length: int) -> Any:
         """The cache of rows that have seen nothing yet."""

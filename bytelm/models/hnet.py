@@ -10,6 +10,7 @@ slots per row (`nn/compaction.py`): without a `capacity`, as many as there are p
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -20,9 +21,9 @@ from bytelm.models.base import Output
 from bytelm.models.chunk_metrics import level_metrics
 from bytelm.models.chunking import Routing, boundary_means, ratio_loss, segment_starts
 from bytelm.models.hnet_stage import Pending, Row, Stage, StageCache, make_stage
-from bytelm.models.patcher import Patcher, PatchState, begins_of, flat_ids
-from bytelm.models.told import no_bytes, told_behind, told_boundaries, told_step
-from bytelm.nn.cache import pick
+from bytelm.models.patcher import Patcher, PatchState, PatchTrail, begins_of, flat_ids
+from bytelm.models.told import no_bytes, told_behind, told_boundaries, told_extend, told_step
+from bytelm.nn.cache import newest, pick
 from bytelm.nn.layers import Embedding, Linear
 from bytelm.vocab import HNET_IDS
 
@@ -145,14 +146,33 @@ class HNet(nnx.Module):
 
     def extend(self, inputs: Int[Array, "b q"], cache: Any) -> tuple[Array, Any, Float[Array, "b q d"]]:
         """After each of several more inputs per row: logits [b, q, v]; the trail that `keep` reads; what the logits are
-        made of, for heads of further bytes. For learned chunks."""
-        assert not self.told
-        y, trail = self.backbone.extend(self.embed(inputs), cache)
-        return self._logits(y), trail, y
+        made of, for heads of further bytes."""
+        more, rule = (), None
+        if self.config.chunker == "entropy":
+            rule = self.patcher.extend(flat_ids(inputs, self.ids), cache.told)
+            more = (rule.begins(cache.told),)
+        elif self.told:
+            rule, boundary = told_extend(self.config.chunker, self.config.targets[0], cache.told, inputs)
+            more = (boundary,)
+        y, trail = self.backbone.extend(self.embed(inputs), cache, *more)
+        return self._logits(y), (trail, rule), y
 
     def keep(self, cache: Any, trail: Any, kept: Int[Array, " b"]) -> Any:
         """The cache after the first `kept` inputs of a trail."""
-        return self.backbone.keep(cache, trail, kept)
+        trail, rule = trail
+        kept_cache = self.backbone.keep(cache, trail, kept)
+        if isinstance(rule, PatchTrail):
+            return replace(kept_cache, told=self.patcher.keep(cache.told, rule, kept))
+        if rule is not None:
+            told = jax.tree.map(lambda new, old: newest(new, kept, old), rule, cache.told)
+            return replace(kept_cache, told=told)
+        return kept_cache
+
+    def alone(self, inputs: Int[Array, " b"], cache: Any) -> tuple[Float[Array, "b v"], Any]:
+        """A step of the outermost encoder and decoder that does not ask the inner network: a guess."""
+        every = jnp.ones(inputs.shape, bool)
+        pending, cache = self.front(inputs, cache, every)
+        return self.back(pending, cache, every)
 
     def empty_cache(self, b: int, max_length: int) -> Any:
         """The cache of rows that have seen nothing yet."""

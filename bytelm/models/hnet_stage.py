@@ -23,7 +23,7 @@ from bytelm.models.chunking import (
 )
 from bytelm.models.patcher import PatchState
 from bytelm.models.told import ToldState
-from bytelm.nn.cache import StackCache, pick
+from bytelm.nn.cache import StackCache, if_needed, newest, pick
 from bytelm.nn.compaction import compact, expand, newest_slot, slot_positions
 from bytelm.nn.layers import Linear, wide
 from bytelm.nn.stack import Stack, residual_additions
@@ -251,39 +251,36 @@ class Stage(Widening):
         cache = self.ask_inner(pending, cache, pending.boundary)
         return self.back(pending, cache, active)
 
-    def extend(self, x: Float[Array, "b q e"], cache: StageCache) -> tuple[Float[Array, "b q e"], StageTrail]:
+    def extend(
+        self, x: Float[Array, "b q e"], cache: StageCache, told: Bool[Array, "b q"] | None = None
+    ) -> tuple[Float[Array, "b q e"], StageTrail]:
         """Several elements per row at once, whose chunks the inner network reads at once; where no row has a boundary,
-        it is not asked."""
+        it is not asked. `told`: boundaries of a rule in the router's place."""
         q = x.shape[1]
         e, encoder = self.encoder.extend(self._widen(x), cache.encoder)
-        before = jnp.concatenate([cache.last[:, None], e[:, :-1]], axis=1)
-        p = boundary_probability(self.router.q(before), self.router.k(e))
-        p = jnp.where((cache.encoder.lengths == 0)[:, None] & (jnp.arange(q) == 0), 1.0, p)
+        if told is None:
+            before = jnp.concatenate([cache.last[:, None], e[:, :-1]], axis=1)
+            p = boundary_probability(self.router.q(before), self.router.k(e))
+            p = jnp.where((cache.encoder.lengths == 0)[:, None] & (jnp.arange(q) == 0), 1.0, p)
+        else:
+            p = told.astype(jnp.float32)
         boundary = p > 0.5
         at = slot_positions(boundary, q)
         chunks, probability = compact(e, at), compact(p, at)
 
-        trees = []
-
         def run():
             z, inner = self.inner.extend(chunks, cache.inner)
-            leaves, tree = jax.tree.flatten((smooth_behind(z, probability, cache.value), inner))
-            trees.append(tree)
-            return leaves
+            return smooth_behind(z, probability, cache.value), inner
 
-        nothing = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.eval_shape(run)]
-        smoothed, inner = jax.tree.unflatten(trees[0], jax.lax.cond(jnp.any(boundary), run, lambda: nothing))
-        newest = jnp.cumsum(boundary, axis=1) - 1
-        value = jnp.where((newest < 0)[..., None], cache.value[:, None], expand(smoothed, jnp.maximum(newest, 0)))
+        smoothed, inner = if_needed(jnp.any(boundary), run)
+        slot = jnp.cumsum(boundary, axis=1) - 1
+        value = jnp.where((slot < 0)[..., None], cache.value[:, None], expand(smoothed, jnp.maximum(slot, 0)))
         y, decoder = self.decoder.extend((value + self.residual(e)).astype(self.dtype), cache.decoder)
         return y[..., : self.outer], StageTrail(encoder, decoder, e, boundary, smoothed, inner)
 
     def keep(self, cache: StageCache, trail: StageTrail, kept: Int[Array, " b"]) -> StageCache:
         """The cache after the first `kept` elements of a trail, and so after the chunks that begin in them."""
         chunks = jnp.sum(trail.boundary & (jnp.arange(trail.boundary.shape[1]) < kept[:, None]), axis=1)
-        newest = lambda values, n, old: jnp.where(  # noqa: E731
-            (n > 0)[:, None], pick(values, jnp.maximum(n - 1, 0)), old
-        )
         inner = jax.lax.cond(
             jnp.any(chunks > 0), lambda: self.inner.keep(cache.inner, trail.inner, chunks), lambda: cache.inner
         )

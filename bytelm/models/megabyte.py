@@ -7,6 +7,7 @@ predicted from a learned vector, and the first byte of each from one in place of
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from bytelm.config import MegaByteConfig
 from bytelm.models.base import Output
 from bytelm.models.spacebyte import SPACEBYTE_IDS, VOCABULARY
 from bytelm.models.units import make_units, unit_output
-from bytelm.nn.cache import StackCache
-from bytelm.nn.compaction import compact, expand
+from bytelm.nn.cache import StackCache, if_needed, newest, pick
+from bytelm.nn.compaction import compact, expand, slot_positions
 from bytelm.nn.layers import Affine, Embedding, Linear
 from bytelm.nn.stack import Stack
 
@@ -33,6 +34,19 @@ class MegaByteCache:
     main: StackCache
     local: StackCache  # of the patch of now
     coarse: Float[Array, "b p d"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class MegaByteTrail:
+    """Of several inputs that a network has read and may keep. Patch 0 is the one that they go on with."""
+
+    inputs: Int[Array, "b s"]  # behind the last patch of inputs before
+    main: Any
+    coarse: Float[Array, "b n p d"]
+    local: Any  # of all patches: b n rows
+    patch: Int[Array, "b q"]  # of each input
+    slot: Int[Array, "b q"]  # its place among the new ones of its patch
 
 
 class MegaByte(nnx.Module):
@@ -148,6 +162,51 @@ class MegaByte(nnx.Module):
         x = coarse[jnp.arange(inputs.shape[0]), offset] + self._local_inputs(inputs, offset)
         y, local = self.local.step(x, local)
         return self.head(y), MegaByteCache(cache.place + 1, recent, main, local, coarse)
+
+    def _local_caches(self, cache: MegaByteCache, count: int) -> StackCache:
+        """The local cache of each row's patch of now, and behind it those of patches that have not begun."""
+        first = jnp.arange(count) == 0
+        lengths = jnp.where(first, cache.local.lengths[:, None], 0).reshape(-1)
+        return StackCache(lengths, jax.tree.map(lambda v: jnp.repeat(v, count, axis=1), cache.local.runs))
+
+    def extend(
+        self, inputs: Int[Array, "b q"], cache: MegaByteCache
+    ) -> tuple[Float[Array, "b q v"], MegaByteTrail, Float[Array, "b q d"]]:
+        """After each of several more inputs per row: logits, the trail that `keep` reads, what the logits are made of.
+        The global stack reads all patches that begin in them at once, and so does the local one."""
+        (b, q), size = inputs.shape, self.config.patch
+        rows, new = jnp.arange(b)[:, None], -(-q // size)
+        place = cache.place[:, None] + jnp.arange(q)
+        offset = place % size
+        begins = offset == 0
+        every = jnp.concatenate([cache.recent, inputs], axis=1)
+        at = slot_positions(begins, new)  # q in an empty slot
+        read = (at[..., None] + 1 + jnp.arange(size)).reshape(b, -1)
+        before = jnp.take_along_axis(every, jnp.minimum(read, q + size - 1), axis=1).reshape(b, new, size)
+        patches = self._patches(before, cache.place[:, None] + at)
+        y, main = if_needed(jnp.any(begins), lambda: self.main.extend(patches, cache.main))
+        coarse = jnp.concatenate([cache.coarse[:, None], self._coarse(y)], axis=1)
+
+        patch = jnp.cumsum(begins, axis=1)
+        slot = jnp.where(patch == 0, jnp.arange(q), offset)
+        x = coarse[rows, patch, offset] + self._local_inputs(inputs, offset)
+        spread = jnp.zeros((b, new + 1, size, x.shape[-1]), x.dtype).at[rows, patch, slot].set(x)
+        y, local = self.local.extend(spread.reshape(b * (new + 1), size, -1), self._local_caches(cache, new + 1))
+        y = y.reshape(spread.shape)[rows, patch, slot]
+        return self.head(y), MegaByteTrail(every, main, coarse, local, patch, slot), y
+
+    def keep(self, cache: MegaByteCache, trail: MegaByteTrail, kept: Int[Array, " b"]) -> MegaByteCache:
+        """The cache after the first `kept` inputs of a trail."""
+        b, count = trail.coarse.shape[:2]
+        zero = jnp.zeros(b, jnp.int32)
+        patch = newest(trail.patch, kept, zero)  # of now
+        read = jnp.where(jnp.arange(count) == patch[:, None], newest(trail.slot + 1, kept, zero)[:, None], 0)
+        local = self.local.keep(self._local_caches(cache, count), trail.local, read.reshape(-1))
+        now = jnp.arange(b) * count + patch
+        local = StackCache(local.lengths[now], jax.tree.map(lambda v: v[:, now], local.runs))
+        recent = jnp.take_along_axis(trail.inputs, kept[:, None] + jnp.arange(self.config.patch), axis=1)
+        main = self.main.keep(cache.main, trail.main, patch)
+        return MegaByteCache(cache.place + kept, recent, main, local, pick(trail.coarse, patch))
 
     def empty_cache(self, b: int, max_length: int) -> MegaByteCache:
         """The cache of rows that have seen nothing yet."""

@@ -10,6 +10,7 @@ patch of a document, or of a row that begins inside one, is one position long.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bytelm.config import EntropyConfig, FlatConfig
 from bytelm.models.chunking import segment_starts
 from bytelm.models.transformer import FlatModel
-from bytelm.nn.cache import StackCache
+from bytelm.nn.cache import StackCache, newest
 from bytelm.nn.segment import running_last
 from bytelm.vocab import BLT_IDS, HNET_IDS, ByteIds
 
@@ -54,6 +55,21 @@ class PatchState:
     entropy: Float[Array, " b"]
     length: Int[Array, " b"]  # of the patch so far, cuts by length aside
     next: Bool[Array, " b"]  # whether the byte to come begins a patch
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class PatchTrail:
+    """Of several inputs that were read and may be kept."""
+
+    model: Any
+    entropy: Float[Array, "b q"]
+    length: Int[Array, "b q"]
+    fires: Bool[Array, "b q"]  # whether a patch begins behind each
+
+    def begins(self, state: PatchState) -> Bool[Array, "b q"]:
+        """Whether a patch begins at each, given the state in front of them."""
+        return jnp.concatenate([state.next[:, None], self.fires[:, :-1]], axis=1)
 
 
 class Patcher(FlatModel):
@@ -124,6 +140,30 @@ class Patcher(FlatModel):
             return new
         keep = lambda a, b: jnp.where(active, a, b)  # noqa: E731
         return PatchState(cache, *(keep(getattr(new, n), getattr(state, n)) for n in ("entropy", "length", "next")))
+
+    @_exact
+    def extend(self, inputs: Int[Array, "b q"], state: PatchState) -> PatchTrail:
+        """What `keep` and the network need of several more inputs per row, read at once."""
+        y, trail = self.stack.extend(self.embed(inputs), state.model)
+        entropy = self._entropy(y)
+        before = jnp.concatenate([state.entropy[:, None], entropy[:, :-1]], axis=1)
+        first = (state.model.lengths == 0)[:, None] & (jnp.arange(inputs.shape[1]) == 0)
+        natural = self._beyond(entropy, before) | first
+
+        def one(length, natural):
+            fires = natural | self._too_long(length + 1)
+            length = jnp.where(natural, 0, length + 1)
+            return length, (length, fires)
+
+        _, (length, fires) = jax.lax.scan(one, state.length, natural.T)
+        return PatchTrail(trail, entropy, length.T, fires.T)
+
+    def keep(self, state: PatchState, trail: PatchTrail, kept: Int[Array, " b"]) -> PatchState:
+        """The state after the first `kept` inputs of a trail."""
+        return PatchState(
+            self.stack.keep(state.model, trail.model, kept), newest(trail.entropy, kept, state.entropy),
+            newest(trail.length, kept, state.length), newest(trail.fires, kept, state.next),
+        )  # fmt: skip
 
     def no_bytes(self, b: int, max_length: int) -> PatchState:
         """The state of rows that have read nothing."""

@@ -5,6 +5,7 @@ global ones, whose output is added at that byte alone; then all go through the f
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from bytelm.config import SpaceByteConfig
 from bytelm.models.base import Output
 from bytelm.models.units import Units, make_units, unit_output
-from bytelm.nn.cache import StackCache
-from bytelm.nn.compaction import compact, expand
+from bytelm.nn.cache import StackCache, if_needed, newest
+from bytelm.nn.compaction import compact, expand, newest_slot, slot_positions
 from bytelm.nn.layers import Embedding, Linear
 from bytelm.nn.stack import Stack
 from bytelm.vocab import ByteIds
@@ -40,6 +41,18 @@ class SpaceByteCache:
     main: StackCache
     final: StackCache
     before: Int[Array, " b"]  # the input of the step before; -1 at first
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class SpaceByteTrail:
+    """Of several inputs that a network has read and may keep."""
+
+    initial: Any
+    main: Any
+    final: Any
+    inputs: Int[Array, "b q"]
+    begins: Bool[Array, "b q"]
 
 
 class SpaceByte(nnx.Module):
@@ -137,6 +150,37 @@ class SpaceByte(nnx.Module):
         x = x + jnp.where(begins[:, None], y[:, -d:], 0)
         y, final = self.final.step(x, cache.final)
         return self.head(y), SpaceByteCache(initial, main, final, inputs)
+
+    def alone(self, inputs: Int[Array, " b"], cache: SpaceByteCache) -> tuple[Float[Array, "b v"], SpaceByteCache]:
+        """A step that leaves the global blocks out: a guess."""
+        x, initial = self.initial.step(self._enter(inputs, cache.initial.lengths), cache.initial)
+        y, final = self.final.step(x, cache.final)
+        return self.head(y), SpaceByteCache(initial, cache.main, final, inputs)
+
+    def extend(
+        self, inputs: Int[Array, "b q"], cache: SpaceByteCache
+    ) -> tuple[Float[Array, "b q v"], SpaceByteTrail, Float[Array, "b q d"]]:
+        """After each of several more inputs per row: logits, the trail that `keep` reads, what the logits are made of.
+        The global blocks read all patches that begin in them at once."""
+        q, d = inputs.shape[1], self.config.initial.d_model
+        place = cache.initial.lengths[:, None] + jnp.arange(q)
+        x, initial = self.initial.extend(self._enter(inputs, place), cache.initial)
+        before = jnp.concatenate([cache.before[:, None], inputs[:, :-1]], axis=1)
+        begins = self._begins(inputs, before, place) | (place == 0)
+        rank = cache.main.lengths[:, None] + jnp.arange(q)
+        patches = self._widen(compact(x, slot_positions(begins, q)), rank)
+        y, main = if_needed(jnp.any(begins), lambda: self.main.extend(patches, cache.main))
+        x = x + jnp.where(begins[..., None], expand(y[..., -d:], newest_slot(begins, q)), 0)
+        y, final = self.final.extend(x, cache.final)
+        return self.head(y), SpaceByteTrail(initial, main, final, inputs, begins), y
+
+    def keep(self, cache: SpaceByteCache, trail: SpaceByteTrail, kept: Int[Array, " b"]) -> SpaceByteCache:
+        """The cache after the first `kept` inputs of a trail."""
+        patches = jnp.sum(trail.begins & (jnp.arange(trail.begins.shape[1]) < kept[:, None]), axis=1)
+        return SpaceByteCache(
+            self.initial.keep(cache.initial, trail.initial, kept), self.main.keep(cache.main, trail.main, patches),
+            self.final.keep(cache.final, trail.final, kept), newest(trail.inputs, kept, cache.before),
+        )  # fmt: skip
 
     def empty_cache(self, b: int, max_length: int) -> SpaceByteCache:
         """The cache of rows that have seen nothing yet."""

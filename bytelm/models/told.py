@@ -25,8 +25,8 @@ _RULES = {"words": "unicode", "space_words": "space"}
 class ToldState:
     """Where each row stands: its last byte (-1: none), how many it has read, and its words."""
 
-    before: Int[Array, " b"]
-    place: Int[Array, " b"]
+    before: Int[Array, "*b"]
+    place: Int[Array, "*b"]
     words: WordState
 
 
@@ -60,6 +60,20 @@ def told_behind(kind: str, inputs: Int[Array, "b t"], lengths: Int[Array, " b"])
     last = jnp.take_along_axis(inputs, (lengths - 1)[:, None], axis=1)[:, 0]
     words = words_behind(inputs, lengths, _RULES[kind], MAX_WORD) if kind in _RULES else new_words(len(inputs))
     return ToldState(last, lengths, words)
+
+
+def told_extend(
+    kind: str, n: float, state: ToldState, bytes_: Int[Array, "b q"]
+) -> tuple[ToldState, Bool[Array, "b q"]]:
+    """The states behind each of several more bytes per row, [b, q], and whether a boundary is at them."""
+    every = jnp.ones(len(bytes_), bool)
+
+    def one(state, byte):
+        state, boundary = told_step(kind, n, state, byte, every)
+        return state, (state, boundary)
+
+    _, found = jax.lax.scan(one, state, bytes_.T)
+    return jax.tree.map(lambda x: x.T, found)
 
 
 def no_bytes(b: int) -> ToldState:

@@ -21,13 +21,13 @@ DECIDED = WAITING + 1  # bytes that one step can decide over
 class WordState:
     """Where each row stands in its text."""
 
-    state: Int[Array, " b"]  # of the automaton
-    waiting: Int[Array, " b"]  # bytes of an unfinished character
-    need: Int[Array, " b"]  # bytes that this character has
-    point: Int[Array, " b"]  # its code point so far
-    low: Int[Array, " b"]  # what its next byte must lie between
-    high: Int[Array, " b"]
-    length: Int[Array, " b"]  # bytes of the word so far, without those that wait
+    state: Int[Array, "*b"]  # of the automaton
+    waiting: Int[Array, "*b"]  # bytes of an unfinished character
+    need: Int[Array, "*b"]  # bytes that this character has
+    point: Int[Array, "*b"]  # its code point so far
+    low: Int[Array, "*b"]  # what its next byte must lie between
+    high: Int[Array, "*b"]
+    length: Int[Array, "*b"]  # bytes of the word so far, without those that wait
 
 
 def new_words(b: int) -> WordState:
@@ -73,6 +73,36 @@ def read_byte(
     own = jnp.where(broken, s.waiting, 0)[:, None]  # place of the byte that `begin` speaks of
     starts = (broken[:, None] & (place < own)) | ((whole & begin)[:, None] & (place == own))
     return WordState(state, waiting, need, point, low, high, length), decided, starts & (place < decided[:, None])
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class WordTrail:
+    """What several more bytes per row say of words. Elements are the bytes that waited, then the new ones."""
+
+    states: WordState  # behind each byte: b q
+    begins: Bool[Array, "b s"]  # whether a word begins at each element, as far as it is known
+    known: Int[Array, "b q"]  # how many words are known with each byte to have begun since
+    decided: Int[Array, "b q"]  # how many elements are decided over then
+
+
+def read_bytes(s: WordState, bytes_: Int[Array, "b q"], rule: str, max_word: int) -> WordTrail:
+    """`read_byte` for several bytes."""
+
+    def one(s, byte):
+        waited = s.waiting
+        s, _, starts = read_byte(s, byte, rule, max_word)
+        return s, (s, waited, starts)
+
+    b, q = bytes_.shape
+    waited = s.waiting[:, None]
+    _, found = jax.lax.scan(one, s, bytes_.T)
+    states, before, starts = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), found)
+    place = (waited + jnp.arange(q) - before)[..., None] + jnp.arange(DECIDED)
+    at = jnp.where(starts, place, WAITING + q)
+    begins = jnp.zeros((b, WAITING + q), bool).at[jnp.arange(b)[:, None, None], at].set(True, mode="drop")
+    decided = waited + jnp.arange(1, q + 1) - states.waiting
+    return WordTrail(states, begins, jnp.cumsum(starts.sum(axis=2), axis=1), decided)
 
 
 def words_behind(inputs: Int[Array, "b t"], lengths: Int[Array, " b"], rule: str, max_word: int) -> WordState:

@@ -4,12 +4,13 @@ Beside single steps, modules read several positions at once: `extend` gives outp
 cache before and that trail the cache after as many of the positions as each row turns out to want, none included.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -64,3 +65,22 @@ class Mamba2Trail:
 def pick(values: Array, index: Int[Array, " b"]) -> Array:
     """values[i, index[i]] of each row i."""
     return jnp.take_along_axis(values, index.reshape(-1, *(1,) * (values.ndim - 1)), axis=1)[:, 0]
+
+
+def newest(values: Array, count: Int[Array, " b"], old: Array) -> Array:
+    """The last of the first count[i] values of each row i; `old` where there is none."""
+    some = (count > 0).reshape(-1, *(1,) * (values.ndim - 2))
+    return jnp.where(some, pick(values, jnp.maximum(count - 1, 0)), old)
+
+
+def if_needed(needed: Bool[Array, ""], run: Callable[[], Any]) -> Any:
+    """What `run` gives; zeros of the same shapes, and no work, where it is not `needed`."""
+    trees = []
+
+    def leaves():
+        found, tree = jax.tree.flatten(run())
+        trees.append(tree)
+        return found
+
+    nothing = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.eval_shape(leaves)]
+    return jax.tree.unflatten(trees[0], jax.lax.cond(needed, leaves, lambda: nothing))

@@ -225,15 +225,18 @@ class Stack(nnx.Module):
             r, caches[name] = self._over_layers(body, r, (pair, cache.runs[name]))
         return self._close(r), StackCache(cache.lengths + (1 if active is None else active), caches)
 
-    def extend(self, x: Float[Array, "b q d"], cache: StackCache) -> tuple[Float[Array, "b q d"], dict[str, Any]]:
+    def extend(
+        self, x: Float[Array, "b q d"], cache: StackCache, guide: Guide | None = None
+    ) -> tuple[Float[Array, "b q d"], dict[str, Any]]:
         """Several positions per row at once, and the trail of them that `keep` reads; the cache stays as it is."""
         r, trails = x.astype(wide(x.dtype)), {}
 
         def body(r, layer):
-            return layer[0].extend(r, layer[1], cache.lengths)
+            (block, extra), cache_ = layer
+            return block.extend(r if guide is None else guide.enter(r, extra), cache_, cache.lengths)
 
-        for name, run in self._runs():
-            r, trails[name] = self._over_layers(body, r, (run, cache.runs[name]))
+        for (name, _), pair in zip(self._runs(), self._guided_runs(guide)):
+            r, trails[name] = self._over_layers(body, r, (pair, cache.runs[name]))
         return self._close(r), trails
 
     def keep(self, cache: StackCache, trail: dict[str, Any], kept: Int[Array, " b"]) -> StackCache:

@@ -1,5 +1,7 @@
 """Several positions at once on a cache (`extend`, `keep`): what single steps give, whatever is kept of them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,22 @@ import pytest
 from flax import nnx
 
 from bytelm.config import SSMConfig, StackConfig
-from tiny import FULL, HYBRID, flat, hnet, network
+from bytelm.models.build import byte_ids
+from tiny import FULL, HYBRID, blt, entropy, flat, hat, hnet, megabyte, network, spacebyte
 
 MIXED = StackConfig(layout="M1t1m1", d_model=32, num_heads=4, num_kv_heads=1, window=9, rope_dim=4,
                     ssm=SSMConfig(d_state=4, head_dim=16, conv_width=3, chunk=4))  # fmt: skip
-MODELS = {"hybrid": flat(HYBRID), "full": flat(FULL), "mixed": flat(MIXED), "hnet2": hnet(2)}
+MODELS = {
+    "hybrid": flat(HYBRID), "full": flat(FULL), "mixed": flat(MIXED), "hnet2": hnet(2),
+    "hnet words": hnet(1, chunker="words"), "hnet random": hnet(2, chunker="random"),
+    "hnet entropy": hnet(1, chunker="entropy", patcher=entropy()), "hat": hat(),
+    "hat space": hat(rule="space", pool_norm="none", guide_every_layer=False, pool_kv_heads=2, guide_kv_heads=2),
+    "spacebyte": spacebyte(), "spacebyte learned": spacebyte(positions=64, slots=64), "megabyte": megabyte(),
+    "megabyte 5": megabyte(patch=5, main=dataclasses.replace(megabyte().main, d_model=80)),
+    "blt": blt(), "blt joined": blt(patcher=entropy(rule="both", max_patch=4), read_every_layer=False),
+}  # fmt: skip
+# Characters of one to four bytes, broken ones, words, spaces, symbols.
+TEXT = "a ça 你好! éx 🇩🇪 мир, n't\n\n".encode() + b"\xe4\xbd \xff\xf0\x9f\x98z"
 
 
 @pytest.mark.slow
@@ -23,7 +36,13 @@ def test_reading_several_at_once_equals_single_steps(name, count):
     b, room = 4, 64
     graph, state = nnx.split(network(MODELS[name], seed=1)[0])
     rng = np.random.default_rng(count)
-    ids = jnp.asarray(rng.integers(32, 100, (b, room)), jnp.int32)
+    text = np.frombuffer(TEXT * 3, np.uint8).astype(np.int32)
+    symbols = byte_ids(MODELS[name])
+    starts = rng.integers(0, len(TEXT), b)
+    ids = np.stack([text[start : start + room] for start in starts]) + symbols.offset
+    ids[0] = rng.integers(32, 100, room) + symbols.offset
+    ids[:, 0] = symbols.start
+    ids = jnp.asarray(ids)
     lengths = jnp.array([1, 5, 2, 9])
     prefill = jax.jit(lambda s, x, n: nnx.merge(graph, s).prefill(x, n, room))
     step = jax.jit(lambda s, x, c: nnx.merge(graph, s).step(x, c))
