@@ -241,7 +241,7 @@ class BLT(nnx.Module):
         ids = jnp.concatenate([cache.recent, inputs], axis=1)
         recent = ids[:, jnp.arange(q)[:, None] + 1 + jnp.arange(n)]
         h, encoder = self.encoder.extend(self._enter(inputs, recent), cache.encoder)
-        patch = self.patcher.extend(flat_ids(inputs, self.ids), cache.patch)
+        patch = self.patcher.read_several(flat_ids(inputs, self.ids), cache.patch)
         begins, ends = patch.begins(cache.patch), slot_positions(patch.fires, q)
         begin = jnp.maximum(cache.begin[:, None], jax.lax.cummax(jnp.where(begins, place, 0), axis=1))
 
@@ -263,8 +263,9 @@ class BLT(nnx.Module):
             return main, self._layer_keys(self.part(o))
 
         main, read = if_needed(jnp.any(patch.fires), run)
-        read = jax.tree.map(lambda old, new: jnp.concatenate([old[:, :, None], new], axis=2), cache.read, read)
-        guide = PatchSlots(self.read, *read, jnp.cumsum(patch.fires, axis=1))
+        join = lambda old, new: jnp.concatenate([old[:, :, None], new], axis=2)  # noqa: E731
+        read = join(cache.read[0], read[0]), join(cache.read[1], read[1])
+        guide = PatchSlots(self.read, read[0], read[1], jnp.cumsum(patch.fires, axis=1))
         trails = {}
 
         def decode(x, guide=None):
@@ -289,7 +290,7 @@ class BLT(nnx.Module):
         return BLTCache(
             self.encoder.keep(cache.encoder, trail.encoder, kept), self.main.keep(cache.main, trail.main, whole),
             self.decoder.keep(cache.decoder, trail.decoder, kept), recent,
-            self.patcher.keep(cache.patch, trail.patch, kept), newest(trail.begin, kept, cache.begin),
+            self.patcher.after(cache.patch, trail.patch, kept), newest(trail.begin, kept, cache.begin),
             newest(trail.top, kept, cache.top), keys, values,
             jax.tree.map(lambda x: x[:, rows, whole], trail.read),
         )  # fmt: skip

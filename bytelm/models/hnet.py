@@ -149,7 +149,7 @@ class HNet(nnx.Module):
         made of, for heads of further bytes."""
         more, rule = (), None
         if self.config.chunker == "entropy":
-            rule = self.patcher.extend(flat_ids(inputs, self.ids), cache.told)
+            rule = self.patcher.read_several(flat_ids(inputs, self.ids), cache.told)
             more = (rule.begins(cache.told),)
         elif self.told:
             rule, boundary = told_extend(self.config.chunker, self.config.targets[0], cache.told, inputs)
@@ -159,14 +159,14 @@ class HNet(nnx.Module):
 
     def keep(self, cache: Any, trail: Any, kept: Int[Array, " b"]) -> Any:
         """The cache after the first `kept` inputs of a trail."""
-        trail, rule = trail
-        kept_cache = self.backbone.keep(cache, trail, kept)
+        read, rule = trail
+        new = self.backbone.keep(cache, read, kept)
+        if rule is None:
+            return new
+        assert isinstance(new, StageCache)
         if isinstance(rule, PatchTrail):
-            return replace(kept_cache, told=self.patcher.keep(cache.told, rule, kept))
-        if rule is not None:
-            told = jax.tree.map(lambda new, old: newest(new, kept, old), rule, cache.told)
-            return replace(kept_cache, told=told)
-        return kept_cache
+            return replace(new, told=self.patcher.after(cache.told, rule, kept))
+        return replace(new, told=jax.tree.map(lambda a, b: newest(a, kept, b), rule, cache.told))
 
     def alone(self, inputs: Int[Array, " b"], cache: Any) -> tuple[Float[Array, "b v"], Any]:
         """A step of the outermost encoder and decoder that does not ask the inner network: a guess."""

@@ -142,8 +142,8 @@ class Patcher(FlatModel):
         return PatchState(cache, *(keep(getattr(new, n), getattr(state, n)) for n in ("entropy", "length", "next")))
 
     @_exact
-    def extend(self, inputs: Int[Array, "b q"], state: PatchState) -> PatchTrail:
-        """What `keep` and the network need of several more inputs per row, read at once."""
+    def read_several(self, inputs: Int[Array, "b q"], state: PatchState) -> PatchTrail:
+        """What `after` and the network need of several more inputs per row, read at once."""
         y, trail = self.stack.extend(self.embed(inputs), state.model)
         entropy = self._entropy(y)
         before = jnp.concatenate([state.entropy[:, None], entropy[:, :-1]], axis=1)
@@ -158,7 +158,7 @@ class Patcher(FlatModel):
         _, (length, fires) = jax.lax.scan(one, state.length, natural.T)
         return PatchTrail(trail, entropy, length.T, fires.T)
 
-    def keep(self, state: PatchState, trail: PatchTrail, kept: Int[Array, " b"]) -> PatchState:
+    def after(self, state: PatchState, trail: PatchTrail, kept: Int[Array, " b"]) -> PatchState:
         """The state after the first `kept` inputs of a trail."""
         return PatchState(
             self.stack.keep(state.model, trail.model, kept), newest(trail.entropy, kept, state.entropy),
