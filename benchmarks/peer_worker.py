@@ -187,6 +187,31 @@ def make_llama_decode():
         "parameters": parameters(model)}  # fmt: skip
 
 
+def products(left, right):
+    """As many products of these two as `peers` does in a run."""
+
+    def run():
+        for _ in range(c["products"]["times"]):
+            left @ right
+
+    return run, {}
+
+
+def make_product_forward():
+    s = c["products"]
+    return products(torch.randn(s["rows"], s["inputs"]), torch.randn(s["outputs"], s["inputs"]).T)
+
+
+def make_product_input():
+    s = c["products"]
+    return products(torch.randn(s["rows"], s["outputs"]), torch.randn(s["outputs"], s["inputs"]))
+
+
+def make_product_weight():
+    s = c["products"]
+    return products(torch.randn(s["rows"], s["outputs"]).T, torch.randn(s["rows"], s["inputs"]))
+
+
 generator = torch.Generator().manual_seed(0)
 ids = torch.randint(97, 123, (rows, length), generator=generator).to(device)
 targets = torch.roll(ids, -1, 1)
