@@ -28,6 +28,7 @@ from bytelm.copying import LENGTHS, Counts, copied, next_length
 from bytelm.following import emit
 from bytelm.generate import Decoder, Sampling, bucket, draw, pad_rows, visible_inputs
 from bytelm.models.hnet import HNet
+from bytelm.nn.cache import pick
 from bytelm.vocab import END, ByteIds
 
 Draft = Literal["none", "copy", "own", "heads"]
@@ -64,18 +65,19 @@ def _verify(graph, params, alphabet, cache, keys, drawn, drafts, lengths, sampli
     ids, _ = alphabet
     q = drafts.shape[1]
     logits, trail, y = network.extend(ids[jnp.minimum(drafts, END)], cache)
-    each = [_draw(alphabet, logits[:, j], keys, drawn + 1 + j, sampling) for j in range(q)]
-    symbols = jnp.stack(each, axis=1)
+    numbers = (drawn[:, None] + 1 + jnp.arange(q)).reshape(-1)
+    rows = logits.reshape(-1, logits.shape[-1])  # all at once: one sort, not q
+    symbols = _draw(alphabet, rows, jnp.repeat(keys, q), numbers, sampling).reshape(-1, q)
     right = (symbols[:, :-1] == drafts[:, 1:]) & (jnp.arange(1, q) < lengths[:, None])
     kept = jnp.where(lengths > 0, 1 + jnp.sum(jnp.cumprod(right, axis=1), axis=1), 0)
-    rows, last = jnp.arange(len(kept)), jnp.maximum(kept - 1, 0)
+    last = jnp.maximum(kept - 1, 0)
     guesses = None
     if ahead:
         bytes_only = (ids, alphabet[1].at[END].set(False))
-        each = jnp.moveaxis(network.ahead(y[rows, last]), 1, 0)
+        each = jnp.moveaxis(network.ahead(pick(y, last)), 1, 0)
         each = [_draw(bytes_only, one, keys, drawn + kept + 1 + k, sampling) for k, one in enumerate(each)]
         guesses = jnp.stack(each, axis=1)
-    return kept, symbols[rows, last], network.keep(cache, trail, kept), guesses
+    return kept, pick(symbols, last), network.keep(cache, trail, kept), guesses
 
 
 @partial(jax.jit, static_argnames=("graph", "count"))

@@ -51,17 +51,21 @@ def draw(
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
 ) -> Int[Array, " b"]:
-    """Draws one index per row: top_k first, then top_p of what is left, keeping the symbol that crosses p."""
-    order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, axis=-1) / jnp.where(temperature > 0, temperature, 1.0)
-    rank = jnp.arange(logits.shape[-1])
-    ranked = jnp.where((rank < top_k) | (top_k == 0), ranked, -jnp.inf)
-    probability = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    ranked = jnp.where((before < top_p) | (rank == 0) | (top_p >= 1), ranked, -jnp.inf)
-    chosen = jax.vmap(jax.random.categorical)(keys, ranked)
-    chosen = jnp.where(temperature > 0, chosen, 0)
-    return jnp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0]
+    """Draws one index per row: top_k first, then top_p of what is left, keeping the symbol that crosses p. At
+    temperature 0 the largest, without the sorting, which takes as long on CPU as a tenth of a small network's step."""
+
+    def drawn() -> Int[Array, " b"]:
+        order = jnp.argsort(-logits, axis=-1)
+        ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
+        rank = jnp.arange(logits.shape[-1])
+        ranked = jnp.where((rank < top_k) | (top_k == 0), ranked, -jnp.inf)
+        probability = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability
+        ranked = jnp.where((before < top_p) | (rank == 0) | (top_p >= 1), ranked, -jnp.inf)
+        chosen = jax.vmap(jax.random.categorical)(keys, ranked)
+        return jnp.take_along_axis(order, chosen[:, None], axis=-1)[:, 0]
+
+    return jax.lax.cond(temperature > 0, drawn, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 
 @partial(jax.jit, static_argnames=("graph", "max_length"))
