@@ -55,11 +55,13 @@ def ssd_step(
     B: Float[Array, "b n"],
     C: Float[Array, "b n"],
 ) -> tuple[Float[Array, "b h p n"], Float[Array, "b h p"]]:
-    """One step of the recurrence: the new state and y."""
+    """One step of the recurrence: the new state and y = C . state, which is made of the old one: XLA's CPU compiler
+    would else compute the new one twice, once to keep it and once to multiply it."""
     kind = wide(x.dtype)
     x, B, C = x.astype(kind), B.astype(kind), C.astype(kind)
-    state = jnp.exp(dt * A)[..., None, None] * state + (dt[..., None] * x)[..., None] * B[:, None, None, :]
-    return state, jnp.einsum("bhpn,bn->bhp", state, C)
+    decay, new = jnp.exp(dt * A), dt[..., None] * x
+    y = decay[..., None] * jnp.einsum("bhpn,bn->bhp", state, C) + new * jnp.sum(B * C, axis=-1)[:, None, None]
+    return decay[..., None, None] * state + new[..., None] * B[:, None, None, :], y
 
 
 def ssd_behind(
