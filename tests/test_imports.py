@@ -35,7 +35,7 @@ ARROWS = {
     "protocol": {"generate", "following"},
     "cached_steps": {"following", "generate", "models", "protocol"},
     "coding": {"following", "protocol"},
-    "drafts": {"following", "generate", "models"},
+    "drafts": {"following", "generate", "models", "nn.cache"},
     "lm": {"models", "byteview", "interop", "generate", "checkpoint", "protocol", "seq2seq_lm", "parallel",
            "cached_steps", "drafts", "kernels"},
     "seq2seq_lm": {"models", "generate", "protocol", "beams", "drafts"}, "beams": set(),
