@@ -197,19 +197,20 @@ def products(left, right):
     return run, {}
 
 
+def normal(*sizes):
+    return torch.randn(*(c["products"][size] for size in sizes), device=device)
+
+
 def make_product_forward():
-    s = c["products"]
-    return products(torch.randn(s["rows"], s["inputs"]), torch.randn(s["outputs"], s["inputs"]).T)
+    return products(normal("rows", "inputs"), normal("outputs", "inputs").T)
 
 
 def make_product_input():
-    s = c["products"]
-    return products(torch.randn(s["rows"], s["outputs"]), torch.randn(s["outputs"], s["inputs"]))
+    return products(normal("rows", "outputs"), normal("outputs", "inputs"))
 
 
 def make_product_weight():
-    s = c["products"]
-    return products(torch.randn(s["rows"], s["outputs"]).T, torch.randn(s["rows"], s["inputs"]))
+    return products(normal("rows", "outputs").T, normal("rows", "inputs"))
 
 
 generator = torch.Generator().manual_seed(0)

@@ -42,7 +42,7 @@ class SampleOptions:
     suffix: str | None = None  # a tokenized model made for it: fill in between the prompt and this
     by_tokens: bool = False  # a tokenized model: temperature, top_k and top_p are of tokens, not of bytes
     draft: Literal["none", "copy", "own", "heads"] = "none"  # guess next bytes, verify several at once: copied from the
-    # text, by an H-Net's own decoder, or by heads for further bytes; the same bytes, but where rounding decides
+    # text, by a chunk model's own decoder, or by heads for further bytes; the same bytes, but where rounding decides
     slide: bool = False  # a tokenized model: go on beyond its context, with the oldest text forgotten
 
 

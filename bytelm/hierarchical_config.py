@@ -124,6 +124,10 @@ class MegaByteConfig:
             f"model.main.d_model={self.main.d_model}: model.patch={self.patch} must divide it",
         )
         require(self.positions >= 0, f"model.positions={self.positions}: must not be negative")
+        require(
+            "m" not in self.local.layout.lower(),
+            f"model.local.layout={self.local.layout!r}: attention only: the local stack begins anew at each patch",
+        )
         require(self.local.window == 0, f"model.local.window={self.local.window}: the local stack sees its patch: 0")
 
     levels = 1

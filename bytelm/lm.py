@@ -103,8 +103,8 @@ class NetworkLM(ByteLM):
         `wait`: in batched generation with an H-Net, rows wait at their boundaries until this share of them
         does, so that the inner network runs less often; 0: they never wait. The bytes are the same.
         `draft`: how next bytes are guessed, to be verified several at once (`drafts.py`): not at all, copied from the
-        text, by an H-Net's own decoder, or by heads for further bytes; the bytes are the same but where rounding
-        decides, and `counts` says how often it guessed right.
+        text, by a chunk model's own decoder, or by heads for further bytes; the bytes are the same but where
+        rounding decides, and `counts` says how often it guessed right.
         """
         if not 0 <= wait <= 1:
             raise ConfigError(f"wait={wait}: must be in [0, 1]")

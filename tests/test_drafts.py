@@ -54,6 +54,8 @@ def test_drafts_are_made_and_kept(pair):
     c = drafted.counts
     assert c.drafted and 0 <= c.right <= c.drafted
     assert c.passes + c.single + c.right == c.made >= sum(map(len, texts))
+    if drafted.draft == "own":
+        assert c.right > 0
     if drafted.draft == "copy":  # greedy texts of small models run into circles, which copying sees
         assert c.right > 0 and c.passes + c.single < c.made
 

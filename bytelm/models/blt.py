@@ -22,7 +22,7 @@ from bytelm.models.chunking import segment_starts
 from bytelm.models.patch_attention import CrossAttention, PatchGuide, PatchPooling, PatchSlots, PatchStep
 from bytelm.models.patcher import Patcher, PatchState, PatchTrail, begins_of, flat_ids
 from bytelm.models.units import Units, make_units, unit_output
-from bytelm.nn.cache import StackCache, if_needed, newest
+from bytelm.nn.cache import StackCache, if_needed, keep_some, newest
 from bytelm.nn.compaction import compact, slot_positions
 from bytelm.nn.hashing import PRIMES, ngram_hashes
 from bytelm.nn.layers import Embedding, Linear, wide
@@ -288,7 +288,7 @@ class BLT(nnx.Module):
         )
         recent = jnp.take_along_axis(trail.ids, kept[:, None] + jnp.arange(self._longest_group), axis=1)
         return BLTCache(
-            self.encoder.keep(cache.encoder, trail.encoder, kept), self.main.keep(cache.main, trail.main, whole),
+            self.encoder.keep(cache.encoder, trail.encoder, kept), keep_some(self.main, cache.main, trail.main, whole),
             self.decoder.keep(cache.decoder, trail.decoder, kept), recent,
             self.patcher.after(cache.patch, trail.patch, kept), newest(trail.begin, kept, cache.begin),
             newest(trail.top, kept, cache.top), keys, values,

@@ -33,7 +33,7 @@ from bytelm.models.word_steps import (
     word_marks,
     words_behind,
 )
-from bytelm.nn.cache import StackCache, if_needed, newest, pick
+from bytelm.nn.cache import StackCache, if_needed, keep_some, newest, pick
 from bytelm.nn.layers import Embedding, Linear, wide
 from bytelm.nn.segment import segment_softmax
 from bytelm.nn.stack import SlotGuide, Stack, StepGuide
@@ -287,7 +287,7 @@ class HAT(nnx.Module):
         return HATCache(
             self.encoder.keep(cache.encoder, trail.encoder, kept),
             self.decoder.keep(cache.decoder, trail.decoder, kept),
-            self.backbone.keep(cache.backbone, trail.backbone, ended), words, cache.index + known, pool, keys,
+            keep_some(self.backbone, cache.backbone, trail.backbone, ended), words, cache.index + known, pool, keys,
             values.astype(cache.values.dtype), pick(trail.guides, ended),
         )  # fmt: skip
 

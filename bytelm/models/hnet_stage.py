@@ -23,7 +23,7 @@ from bytelm.models.chunking import (
 )
 from bytelm.models.patcher import PatchState
 from bytelm.models.told import ToldState
-from bytelm.nn.cache import StackCache, if_needed, newest, pick
+from bytelm.nn.cache import StackCache, if_needed, keep_some, newest, pick
 from bytelm.nn.compaction import compact, expand, newest_slot, slot_positions
 from bytelm.nn.layers import Linear, wide
 from bytelm.nn.stack import Stack, residual_additions
@@ -281,9 +281,7 @@ class Stage(Widening):
     def keep(self, cache: StageCache, trail: StageTrail, kept: Int[Array, " b"]) -> StageCache:
         """The cache after the first `kept` elements of a trail, and so after the chunks that begin in them."""
         chunks = jnp.sum(trail.boundary & (jnp.arange(trail.boundary.shape[1]) < kept[:, None]), axis=1)
-        inner = jax.lax.cond(
-            jnp.any(chunks > 0), lambda: self.inner.keep(cache.inner, trail.inner, chunks), lambda: cache.inner
-        )
+        inner = keep_some(self.inner, cache.inner, trail.inner, chunks)
         return replace(
             cache, encoder=self.encoder.keep(cache.encoder, trail.encoder, kept),
             decoder=self.decoder.keep(cache.decoder, trail.decoder, kept),

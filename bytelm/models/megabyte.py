@@ -18,7 +18,7 @@ from bytelm.config import MegaByteConfig
 from bytelm.models.base import Output
 from bytelm.models.spacebyte import SPACEBYTE_IDS, VOCABULARY
 from bytelm.models.units import make_units, unit_output
-from bytelm.nn.cache import StackCache, if_needed, newest, pick
+from bytelm.nn.cache import StackCache, if_needed, keep_some, newest, pick
 from bytelm.nn.compaction import compact, expand, slot_positions
 from bytelm.nn.layers import Affine, Embedding, Linear
 from bytelm.nn.stack import Stack
@@ -205,7 +205,7 @@ class MegaByte(nnx.Module):
         now = jnp.arange(b) * count + patch
         local = StackCache(local.lengths[now], jax.tree.map(lambda v: v[:, now], local.runs))
         recent = jnp.take_along_axis(trail.inputs, kept[:, None] + jnp.arange(self.config.patch), axis=1)
-        main = self.main.keep(cache.main, trail.main, patch)
+        main = keep_some(self.main, cache.main, trail.main, patch)
         return MegaByteCache(cache.place + kept, recent, main, local, pick(trail.coarse, patch))
 
     def empty_cache(self, b: int, max_length: int) -> MegaByteCache:

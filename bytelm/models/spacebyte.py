@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bytelm.config import SpaceByteConfig
 from bytelm.models.base import Output
 from bytelm.models.units import Units, make_units, unit_output
-from bytelm.nn.cache import StackCache, if_needed, newest
+from bytelm.nn.cache import StackCache, if_needed, keep_some, newest
 from bytelm.nn.compaction import compact, expand, newest_slot, slot_positions
 from bytelm.nn.layers import Embedding, Linear
 from bytelm.nn.stack import Stack
@@ -178,7 +178,8 @@ class SpaceByte(nnx.Module):
         """The cache after the first `kept` inputs of a trail."""
         patches = jnp.sum(trail.begins & (jnp.arange(trail.begins.shape[1]) < kept[:, None]), axis=1)
         return SpaceByteCache(
-            self.initial.keep(cache.initial, trail.initial, kept), self.main.keep(cache.main, trail.main, patches),
+            self.initial.keep(cache.initial, trail.initial, kept),
+            keep_some(self.main, cache.main, trail.main, patches),
             self.final.keep(cache.final, trail.final, kept), newest(trail.inputs, kept, cache.before),
         )  # fmt: skip
 

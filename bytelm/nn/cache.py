@@ -74,7 +74,8 @@ def newest(values: Array, count: Int[Array, " b"], old: Array) -> Array:
 
 
 def if_needed(needed: Bool[Array, ""], run: Callable[[], Any]) -> Any:
-    """What `run` gives; zeros of the same shapes, and no work, where it is not `needed`."""
+    """What `run` gives; zeros of the same shapes, and no work, where it is not `needed`. A trail of zeros is none that
+    `keep` can read: see `keep_some`."""
     trees = []
 
     def leaves():
@@ -84,3 +85,8 @@ def if_needed(needed: Bool[Array, ""], run: Callable[[], Any]) -> Any:
 
     nothing = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.eval_shape(leaves)]
     return jax.tree.unflatten(trees[0], jax.lax.cond(needed, leaves, lambda: nothing))
+
+
+def keep_some(stack: Any, cache: Any, trail: Any, kept: Int[Array, " b"]) -> Any:
+    """`stack.keep`, of a trail that was made only if some row has anything to keep."""
+    return jax.lax.cond(jnp.any(kept > 0), lambda: stack.keep(cache, trail, kept), lambda: cache)

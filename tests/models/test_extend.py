@@ -21,7 +21,9 @@ MODELS = {
     "hat space": hat(rule="space", pool_norm="none", guide_every_layer=False, pool_kv_heads=2, guide_kv_heads=2),
     "spacebyte": spacebyte(), "spacebyte learned": spacebyte(positions=64, slots=64), "megabyte": megabyte(),
     "megabyte 5": megabyte(patch=5, main=dataclasses.replace(megabyte().main, d_model=80)),
-    "blt": blt(), "blt joined": blt(patcher=entropy(rule="both", max_patch=4), read_every_layer=False),
+    "hat mamba": hat(backbone=MIXED), "spacebyte mamba": spacebyte(main=MIXED), "blt mamba": blt(main=MIXED),
+    "megabyte mamba": megabyte(main=MIXED), "blt": blt(),
+    "blt joined": blt(patcher=entropy(rule="both", max_patch=4), read_every_layer=False),
 }  # fmt: skip
 # Characters of one to four bytes, broken ones, words, spaces, symbols.
 TEXT = "a ça 你好! éx 🇩🇪 мир, n't\n\n".encode() + b"\xe4\xbd \xff\xf0\x9f\x98z"
