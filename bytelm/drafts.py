@@ -3,8 +3,8 @@ those that it would have drawn itself are kept.
 
 Byte n of row i is drawn with a key of its own (`generate.py`), so "what it would have drawn" is one byte, whatever the
 temperature: the text is that of plain decoding with the same seed (but where rounding decides between two bytes, or
-whether a chunk ends), and so is its distribution. A fixed guess is kept with the model's probability of it, which is the
-best there is.
+whether a chunk ends), and so is its distribution. A fixed guess is kept with the model's probability of it, which is
+the best there is.
 
 Three ways to guess. `copy`: what followed the last place where the text's last bytes stood before (aggressive decoding,
 Ge et al. 2022; prompt lookup; CopySpec). `own`: the outermost encoder and decoder of an H-Net, HAT, SpaceByte or BLT go
