@@ -31,7 +31,7 @@ from bytelm.train.losses import token_nll
 TOLERANCES = {
     "max_abs_logit_error": 2e-5,
     "max_abs_prob_error": 1e-6,
-    "max_abs_gate_error": 4e-5,
+    "max_abs_gate_error": 2e-5,  # of boundary logits; a delete gate's goes with its scale (`parity_t5.py`)
     "max_abs_step_error": 2e-5,
     "loss_error": 2e-6,
     "max_rel_grad_error": 1e-4,
@@ -68,16 +68,17 @@ def run_case(case: Path, precision: str = "highest") -> dict[str, Any]:
     keys = ("max_abs_logit_error", "max_abs_prob_error", "boundaries_equal", "max_abs_gate_error", "positions_equal",
             "greedy_equal", "max_abs_step_error", "loss_error", "max_rel_grad_error")  # fmt: skip
     result |= {key: measured.get(key) for key in keys}
-    result["tolerances"] = TOLERANCES
+    limits = TOLERANCES | ({"max_abs_gate_error": measured["gate_limit"]} if "gate_limit" in measured else {})
+    result["tolerances"] = limits
     result |= {"precision": precision, "device": jax.devices()[0].device_kind}
-    result["ok"] = all(_passes(key, result[key]) for key in keys)
+    result["ok"] = all(_passes(result[key], limits.get(key)) for key in keys)
     return result
 
 
-def _passes(key: str, value: Any) -> bool:
+def _passes(value: Any, limit: float | None) -> bool:
     if value is None or isinstance(value, bool):
         return value is not False
-    return math.isfinite(value) and value <= TOLERANCES[key]
+    return limit is not None and math.isfinite(value) and value <= limit
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:

@@ -170,8 +170,10 @@ class HNet(nnx.Module):
 
     def alone(self, inputs: Int[Array, " b"], cache: Any) -> tuple[Float[Array, "b v"], Any]:
         """A step of the outermost encoder and decoder that does not ask the inner network: a guess."""
+        assert isinstance(self.backbone, Stage)
         every = jnp.ones(inputs.shape, bool)
-        pending, cache = self.front(inputs, cache, every)
+        told = ~every if self.told else None  # no rule need be asked
+        pending, cache = self.backbone.front(self.embed(inputs), cache, every, told)
         return self.back(pending, cache, every)
 
     def empty_cache(self, b: int, max_length: int) -> Any:

@@ -52,6 +52,18 @@ def test_a_case_that_differs_is_not_ok(root, tmp_path):
     assert code == 1 and not record["ok"]
     assert record["positions_equal"] is False
     assert record["max_abs_logit_error"] <= 2e-5
+    assert record["max_abs_gate_error"] <= record["tolerances"]["max_abs_gate_error"] == 30 * 2e-6
+
+
+@pytest.mark.slow
+def test_a_gate_that_is_off_by_a_hair_is_not_ok(root, tmp_path):
+    case = tmp_path / "case"
+    shutil.copytree(root / "tests/golden/mrt5/mrt5_soft_softmax1", case)
+    io = load_file(case / "io.safetensors")
+    io["soft.gate_values"] = io["soft.gate_values"] + np.float32(1e-4)
+    save_file(io, case / "io.safetensors")
+    record = run_case(case)
+    assert not record["ok"] and record["max_abs_gate_error"] > 6e-5 and record["positions_equal"]
 
 
 def test_broken_cases_are_named(root, tmp_path):

@@ -72,3 +72,29 @@ def test_reading_several_at_once_equals_single_steps(name, count):
     for i in range(b):
         np.testing.assert_allclose(logits[i], want[i][at[i] + 1], atol=2e-5)
     assert {0, count} <= kept_before
+
+
+INSIDE = {"hat": hat(), "spacebyte": spacebyte(), "hnet": hnet(1, chunker="words"),
+          "blt": blt(patcher=entropy(threshold=99.0))}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INSIDE)
+def test_inside_a_chunk_a_guess_is_what_a_step_says(name):
+    """And at its end it is not."""
+    graph, state = nnx.split(network(INSIDE[name], seed=1)[0])
+    symbols = byte_ids(INSIDE[name])
+    text = np.frombuffer(b"one two", np.uint8).astype(np.int32) + symbols.offset
+    ids = jnp.asarray(np.concatenate([[symbols.start], text]))[None]
+    prefill = jax.jit(lambda s, x, n: nnx.merge(graph, s).prefill(x, n, 32))
+    step, alone = (
+        jax.jit(lambda s, x, c, way=way: getattr(nnx.merge(graph, s), way)(x, c)) for way in ("step", "alone")
+    )
+    _, cache = prefill(state, ids, jnp.array([ids.shape[1]]))
+    stepped = guessed = cache
+    for byte, same in ((b"f", True), (b"o", True), (b" ", name == "blt"), (b"x", name == "blt")):
+        x = jnp.array([byte[0] + symbols.offset])
+        wanted, stepped = step(state, x, stepped)
+        found, guessed = alone(state, x, guessed)
+        error = float(jnp.abs(found - wanted).max())
+        assert error < 2e-5 if same else byte == b" " or error > 1e-3, (byte, error)
