@@ -9,6 +9,7 @@ from bytelm.config import StackConfig
 from bytelm.nn.attend import attend_in_pieces, causal_attend, causal_mask
 from bytelm.nn.cache import AttentionCache, AttentionTrail
 from bytelm.nn.layers import HeadNorm, Linear, rotate, wide
+from bytelm.nn.products import contract
 from bytelm.parallel import sequence
 from bytelm.parallel.mesh import shard
 
@@ -19,10 +20,10 @@ def attend_cached(q: Float[Array, "b q h k"], cache: AttentionCache, mask: Bool[
     g, s = cache.k.shape[1:3]
     kind, shared = wide(q.dtype), h // g
     q = jnp.swapaxes(q, 1, 2).reshape(b, g, shared * t, width)
-    scores = jnp.einsum("bgqk,bgsk->bgqs", q, cache.k, preferred_element_type=kind).reshape(b, g, shared, t, s)
+    scores = contract("bgqk,bgsk->bgqs", q, cache.k, kind).reshape(b, g, shared, t, s)
     scores = jnp.where(mask[:, None, None], scores * width**-0.5, jnp.finfo(kind).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(cache.v.dtype)
-    y = jnp.einsum("bgqs,bgsk->bgqk", weights.reshape(b, g, shared * t, s), cache.v)
+    y = contract("bgqs,bgsk->bgqk", weights.reshape(b, g, shared * t, s), cache.v)
     return jnp.swapaxes(y.reshape(b, h, t, width), 1, 2)
 
 
