@@ -87,7 +87,7 @@ def make_plan(
             "smaller than the one before it"
         )
     bytes_per_chunk = bytes_per_chunk or targets
-    slots = first_capacity(model, t)
+    slots = first_capacity(model, t) if isinstance(model, UnitConfig) else ()
     mesh = _mesh_shape(config, devices)
     params = structure(config.model)[1] if params is None else params
     parts: dict[str, int] = {}
@@ -226,7 +226,7 @@ def _t5_activation_bytes(model: T5Config, t: int, targets: int, width: int, tens
     if model.deletion.kind == "boundary":  # as many slots as bytes
         kept = float(t)
     elif model.deletion.gated and model.deletion.train == "compact":
-        kept = float(capacity_slots(model.deletion, t))
+        kept = float((*first_capacity(model, t), capacity_slots(model.deletion, t))[0])  # before they follow the gate
     some = [(model.first_layers, block(t, (t,))), (model.encoder_layers - model.first_layers, block(kept, (kept,))),
             (model.decoder_layers, block(targets, (targets, kept)))]  # fmt: skip
     total = again = 0.0

@@ -22,7 +22,10 @@ class DeletionConfig:
     noise: bool = False  # Gumbel noise on the gate in training
     train: Literal["soft", "masked_hard", "compact"] = "soft"  # deletion in training: by gate values, masks, or slots
     straight_through: bool = False  # hard deletion in training: the gate still gets soft deletion's gradient
-    capacity: float = 0.0  # compact training: slots as a share of the row; 0 = 1 - rate + 0.2
+    # Compact training: first slots as a share of the row (0: all of it, or 1 - rate + 0.2 where they stay), and steps
+    # between choices of slots by what rows kept lately (0: they stay).
+    capacity: float = 0.0
+    capacity_every: int = 100
     overflow: Literal["position", "gate"] = "position"  # which kept bytes go first without a slot: last, or lowest gate
     weight: float = 0.0  # alpha, weight of the mean gate value in the loss: at first, or throughout
     controller: bool = True  # move alpha so that the deletion rate becomes `rate` (learned gate)
@@ -41,7 +44,7 @@ class DeletionConfig:
             f"deletion.threshold={self.threshold}: must lie between deletion.scale={self.scale} and 0",
         )
         require(0 <= self.capacity <= 1, f"deletion.capacity={self.capacity}: must be in [0, 1]")
-        for name in ("weight", "k_p", "k_i", "delay", "score_weight"):
+        for name in ("weight", "k_p", "k_i", "delay", "score_weight", "capacity_every"):
             require(getattr(self, name) >= 0, f"deletion.{name}={getattr(self, name)}: must not be negative")
         require(
             self.kind == "learned" or (self.weight == 0 and self.score_weight == 0),

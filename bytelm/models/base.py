@@ -31,6 +31,7 @@ class Output:
     metrics: dict[str, Any] = field(default_factory=dict)  # scalars for the log
     levels: tuple[Level, ...] = ()  # chunking levels, outermost first
     scored: Bool[Array, "b t"] | None = None  # positions whose targets count in training; None: all
+    need: Float[Array, " l"] | None = None  # slots that the 99th-percentile row needs, where no levels say so
 
 
 class Network(Protocol):

@@ -124,7 +124,7 @@ def next_control(config: DeletionConfig, state: dict[str, Array], rate: Array, s
 
 
 def capacity_slots(config: DeletionConfig, row: int, multiple: int = 8) -> int:
-    """Slots of compact deletion in training."""
+    """Slots of compact deletion in training where they are fixed."""
     share = config.capacity or min(1.2 - config.rate, 1.0)
     return min(-(-math.ceil(share * row) // multiple) * multiple, row)
 
@@ -144,7 +144,7 @@ def deletion_metrics(
     slots: int,
 ) -> dict[str, Array]:
     """What a step's log says: share of bytes deleted by the threshold, mean gate, the longest kept row as a share of
-    the row, and the share of kept bytes that found no slot."""
+    the row, the share of kept bytes that found no slot, and the share of the slots in use."""
     real = source != PAD
     total = jnp.maximum(real.sum(), 1)
     kept = (keep & real).sum(axis=1)
@@ -153,4 +153,5 @@ def deletion_metrics(
         "deletion/mean_gate": mean_gate(values, source),
         "deletion/longest": kept.max() / source.shape[1],
         "deletion/overflow": jnp.sum(jnp.maximum(kept - slots, 0)) / jnp.maximum(kept.sum(), 1),
+        "deletion/used": jnp.minimum(kept, slots).mean() / slots,
     }

@@ -295,18 +295,22 @@ class T5(nnx.Module):
         """Logits of the next target id after each of `inputs`, and the losses of what shortens the encoder.
 
         Padding of the source is hidden. `control` makes it a training pass. `mode` is how a gate deletes (None: in
-        training as the config says, else masked_hard). `segments` and `capacity` are for other families.
+        training as the config says, else masked_hard). `capacity`: its slots in compact training (None: as the config
+        says). `segments` is for other families.
         """
         d = self.config.deletion
         key = None if control is None else control.key
         mode = mode or ("masked_hard" if control is None else d.train)
-        slots = capacity_slots(d, source.shape[1]) if mode == "compact" and control is not None else None
+        slots = None
+        if mode == "compact" and control is not None:
+            slots = capacity[0] if capacity else capacity_slots(d, source.shape[1])
         seen = self.look(source, source != PAD, key=key)
         encoded, more = self.finish(seen, mode, slots, key=key)
         logits, excess = self.decode(inputs, encoded, key=key)
-        loss, metrics = jnp.zeros((), jnp.float32), {}
+        loss, metrics, need = jnp.zeros((), jnp.float32), {}, None
         if seen.gate is not None and seen.keep is not None:
             metrics = deletion_metrics(d, seen.gate, source, seen.keep, encoded.position.shape[1])
+            need = jnp.quantile(seen.keep.sum(axis=1).astype(jnp.float32), 0.99)[None]
         if d.kind == "learned" and seen.gate is not None and control is not None:
             loss += control.alpha * mean_gate(seen.gate, source)
             metrics["deletion/alpha"] = control.alpha
@@ -318,7 +322,7 @@ class T5(nnx.Module):
             real = jnp.maximum(jnp.sum(source != PAD), 1)
             metrics |= {"deletion/boundary_loss": more["boundary_loss"],
                         "deletion/rate": 1 - more["boundaries"].sum() / real}  # fmt: skip
-        return Output(logits, loss, metrics)
+        return Output(logits, loss, metrics, need=need)
 
     # Decoding, one id at a time.
 

@@ -274,7 +274,7 @@ def _choose_capacity(config: Config, state: Any, now: Capacity, progress: Progre
     chosen = next_capacity(config.model, config.data.seq_len, now, need)
     if chosen == now:
         return state, now
-    progress.note(f"chunk slots per row: {' / '.join(map(str, now))} -> {' / '.join(map(str, chosen))} (compiling)")
+    progress.note(f"slots per row: {' / '.join(map(str, now))} -> {' / '.join(map(str, chosen))} (compiling)")
     return _with_capacity(state, chosen), chosen
 
 

@@ -87,7 +87,7 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
         if out.scored is not None:
             weights &= out.scored
         nll = jnp.sum(jnp.where(weights, token_nll(out.logits, batch["targets"]), 0.0)) / total
-        needs = jnp.array([row_need(level) for level in out.levels])
+        needs = jnp.array([row_need(level) for level in out.levels]) if out.need is None else out.need
         scored = jnp.sum(weights) / total
         return nll + out.aux_loss / accum, ({"nll": nll, "scored": scored, **out.metrics}, needs)
 

@@ -5,7 +5,7 @@ import pytest
 
 from bytelm.config import CapacityConfig, HNetConfig
 from bytelm.train.capacity import first_capacity, next_capacity, possible_capacity, sizes, time_to_choose, track_need
-from tiny import flat, hnet
+from tiny import flat, hnet, t5
 
 
 def model(levels=1, **capacity):
@@ -62,3 +62,16 @@ def test_the_need_is_a_maximum_that_fades():
 def test_when_slots_are_chosen():
     assert [s for s in range(1, 301) if time_to_choose(model(every=100), s)] == [100, 200, 300]
     assert not time_to_choose(model(every=0), 100) and not time_to_choose(flat(), 100)
+
+
+def test_slots_of_kept_bytes():
+    compact = t5("learned", deletion={"train": "compact"})
+    assert first_capacity(compact, 1024) == (1024,)
+    assert time_to_choose(compact, 200) and not time_to_choose(compact, 201)
+    assert next_capacity(compact, 1024, (1024,), [560.0]) == (632,)  # 560 * 1.1 = 616
+    assert next_capacity(compact, 1024, (632,), [640.0]) == (744,)  # above what there is
+    assert next_capacity(compact, 1024, (632,), [600.0]) == (632,)
+    assert possible_capacity(compact, 1024, (632,)) == (632,)
+    assert first_capacity(t5("learned", deletion={"train": "compact", "capacity": 0.5}), 1024) == (512,)
+    assert first_capacity(t5("learned", deletion={"train": "compact", "capacity_every": 0}), 1024) == ()
+    assert first_capacity(t5("learned"), 1024) == ()

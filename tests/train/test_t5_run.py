@@ -120,6 +120,27 @@ def test_every_kind_trains_in_one_compilation(tmp_path, kind, monkeypatch):
 
 
 @pytest.mark.slow
+def test_slots_follow_what_is_kept(tmp_path):
+    """All of the row at first, fewer once rows have shown what they keep; equal losses, on a resumed run too."""
+    fixed = {"rate": 0.5, "train": "compact", "capacity_every": 2}
+    one = lambda name, steps=6, **more: train(  # noqa: E731
+        t5_run(tmp_path / name, kind="fixed", deletion=fixed | more, dropout=0.0, steps=6, train={"steps": steps})
+    )
+    one("masked", train="masked_hard", capacity_every=0)
+    one("compact")
+    one("cut", steps=4)
+    one("cut")
+    records = [r for r in read_metrics(tmp_path / "compact/metrics.jsonl") if "deletion/used" in r]
+    used = [r["deletion/used"] for r in records]
+    assert all(r["deletion/overflow"] == 0 for r in records)
+    assert max(used[:2]) < 0.7 < min(used[2:])
+    whole, cut = losses(tmp_path / "compact"), losses(tmp_path / "cut")
+    assert whole == cut
+    for step, loss in losses(tmp_path / "masked").items():
+        assert whole[step] == pytest.approx(loss, abs=2e-5)
+
+
+@pytest.mark.slow
 def test_a_byt5_becomes_an_mrt5(tmp_path, capfd):
     plain = dataclasses.replace(t5("none"), deletion=DeletionConfig())
     params = network(plain)[1]
