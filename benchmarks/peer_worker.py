@@ -198,7 +198,7 @@ def products(left, right):
 
 
 def normal(*sizes):
-    return torch.randn(*(c["products"][size] for size in sizes), device=device)
+    return torch.randn(*(c["products"][size] for size in sizes), device=device).to(getattr(torch, c["dtype"]))
 
 
 def make_product_forward():
@@ -226,7 +226,8 @@ for line in sys.stdin:
         if device != "cpu":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        cases[name]()
+        with torch.autocast(device, torch.bfloat16, enabled=c["dtype"] == "bfloat16"):
+            cases[name]()
         if device != "cpu":
             torch.cuda.synchronize()
         print(json.dumps({"seconds": time.perf_counter() - start, **found}), flush=True)

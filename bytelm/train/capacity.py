@@ -41,11 +41,10 @@ def sizes(row: int, config: CapacityConfig, shares: Sequence[float] = SHARES) ->
 
 def first_capacity(model: ModelConfig, row: int) -> Capacity:
     """Slots of each level before anything is measured; () for a model without slots to choose."""
-    out: list[int] = []
-    rule = rule_of(model)
-    if rule is None:
+    if rule_of(model) is None:
         return ()
-    config, shares = rule
+    config, shares = _rule(model)
+    out: list[int] = []
     for level in range(model.levels if isinstance(model, UnitConfig) else 1):
         share = config.start[min(level, len(config.start) - 1)]
         above = out[-1] if out else row
