@@ -93,7 +93,8 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def restore(self, abstract: Any) -> tuple[Any, dict, dict] | None:
-        """The newest readable (state, data, meta), laid out as `abstract` says; None when there is no checkpoint.
+        """The newest readable (state, data, meta), laid out as `abstract` says; None when there is no checkpoint. Its
+        record of slots, `chunks`, is as it was saved: there, or not.
 
         One that cannot be read is reported, and moved to broken-STEP once an older one could be read. Raises
         CheckpointError when there are checkpoints but none can be read.
@@ -104,7 +105,8 @@ class Checkpoints:
             saved, reason = None, ""
             try:
                 saved = self._read(step, ocp.args.Composite(
-                    params=ocp.args.StandardRestore(abstract["params"]), rest=ocp.args.StandardRestore(rest),
+                    params=ocp.args.StandardRestore(abstract["params"]),
+                    rest=ocp.args.StandardRestore(self._slots_as_saved(step, rest)),
                     data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()))  # fmt: skip
                 if not (isinstance(saved["data"], dict) and isinstance(saved["meta"], dict)):
                     raise CheckpointError("its data or meta record is not a mapping")
@@ -143,6 +145,15 @@ class Checkpoints:
         handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
             return reader.restore((self.folder / str(step)).resolve(), args=items)
+
+    def _slots_as_saved(self, step: int, rest: Any) -> Any:
+        """What to read of a state: `rest`, but with a record of slots just where this checkpoint has one. Settings
+        that a run may change decide whether slots are chosen."""
+        with ocp.StandardCheckpointer() as reader:
+            saved = reader.metadata((self.folder / str(step) / "rest").resolve()).item_metadata
+        slots = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rest["step"].sharding)
+                 for name, x in dict(saved).get("chunks", {}).items()}  # fmt: skip
+        return {name: part for name, part in rest.items() if name != "chunks"} | ({"chunks": slots} if slots else {})
 
     def _set_aside(self, step: int, reason: str, name: str = "broken") -> None:
         if is_first():

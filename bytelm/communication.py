@@ -13,8 +13,7 @@ from bytelm.config import Config, FlatConfig, HNetConfig, StackConfig, T5Config,
 from bytelm.data.seq2seq import target_length
 from bytelm.models.flops import trained_kept, unit_stacks
 from bytelm.parallel.mesh import to_spec
-from bytelm.parallel.rules import logical_axes, path_string, where_divided
-from bytelm.train.step import is_cast
+from bytelm.parallel.rules import is_cast, logical_axes, path_string, where_divided
 
 PURPOSES = {
     "parameter gather": "fsdp and sequence: each shard of the weights, forward and backward",

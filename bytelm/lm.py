@@ -57,7 +57,7 @@ from bytelm.models.build import Params, byte_ids, structure, word_rule
 from bytelm.models.slot_guess import SlotGuess
 from bytelm.models.token_lm import token_structure
 from bytelm.parallel.mesh import make_mesh
-from bytelm.parallel.rules import TOKEN_RULES, state_shardings
+from bytelm.parallel.rules import TOKEN_RULES, cast_matrices, state_shardings
 from bytelm.protocol import ByteLM, Score, Text, in_context, log_softmax, no_inputs
 from bytelm.seq2seq_lm import Seq2SeqLM
 from bytelm.vocab import REPLACEMENT, encode
@@ -109,7 +109,7 @@ class NetworkLM(ByteLM):
         if not 0 <= wait <= 1:
             raise ConfigError(f"wait={wait}: must be in [0, 1]")
         self.config = config
-        self.params = params
+        self.params = params = cast_matrices(params, config.dtype)
         self.ids = byte_ids(config, reserved)
         self.wait = wait
         self.window = min(DEFAULT_WINDOW, context, longest_row(config, context))

@@ -106,7 +106,7 @@ def make_plan(
         chip=CHIPS.get(chip),
         bytes_per_chunk=bytes_per_chunk,
         slots=slots,
-        executed_flops_per_byte=TRAIN_FACTOR * model_flops(config, [t / n for n in slots]),
+        executed_flops_per_byte=TRAIN_FACTOR * _executed(config, slots),
     )
 
 
@@ -120,6 +120,22 @@ def model_flops(config: Config, bytes_per_chunk: Sequence[float]) -> float:
     if isinstance(model, T5Config):
         return t5_flops(model, t, target_length(config.data), trained_kept(model, {}))
     return forward_flops(model, t, bytes_per_chunk)
+
+
+def _executed(config: Config, slots: Sequence[int]) -> float:
+    """Forward FLOPs per byte of a training step as it starts: of every slot, used or not."""
+    model, t = config.model, config.data.seq_len
+    if isinstance(model, T5Config):
+        return t5_flops(model, t, target_length(config.data), _kept_slots(model, t) / t)
+    return model_flops(config, [t / n for n in slots])
+
+
+def _kept_slots(model: T5Config, t: int) -> float:
+    """Slots of a row behind an encoder's first blocks as training starts."""
+    d = model.deletion
+    if not (d.gated and d.train == "compact"):
+        return t if d.kind == "boundary" else trained_kept(model, {}) * t
+    return (*first_capacity(model, t), capacity_slots(d, t))[0]  # before they follow the gate
 
 
 def _mesh_shape(config: Config, devices: int) -> dict[str, int]:
@@ -222,11 +238,7 @@ def _t5_activation_bytes(model: T5Config, t: int, targets: int, width: int, tens
             rest += width * d * queries + heads / split * scored * k * (4 + width)
         return residual, dots, rest
 
-    kept = trained_kept(model, {}) * t
-    if model.deletion.kind == "boundary":  # as many slots as bytes
-        kept = float(t)
-    elif model.deletion.gated and model.deletion.train == "compact":
-        kept = float((*first_capacity(model, t), capacity_slots(model.deletion, t))[0])  # before they follow the gate
+    kept = float(_kept_slots(model, t))
     some = [(model.first_layers, block(t, (t,))), (model.encoder_layers - model.first_layers, block(kept, (kept,))),
             (model.decoder_layers, block(targets, (targets, kept)))]  # fmt: skip
     total = again = 0.0

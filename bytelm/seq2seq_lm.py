@@ -19,6 +19,7 @@ from bytelm.models.build import Params, structure
 from bytelm.models.deletion import PAD, slot_sizes
 from bytelm.models.t5 import Encoded, Seen
 from bytelm.models.t5_report import SCORED, rows
+from bytelm.parallel.rules import cast_matrices
 from bytelm.protocol import ByteLM, Score, Text, log_softmax
 from bytelm.vocab import T5_IDS, encode
 
@@ -76,7 +77,8 @@ class Seq2SeqLM(ByteLM):
         """
         if deletion not in ("hard", "soft", "none"):
             raise ConfigError(f"deletion={deletion!r}: choose hard, soft or none")
-        self.config, self.params, self.window, self.deletion = config, params, context, deletion
+        self.params = params = cast_matrices(params, config.dtype)
+        self.config, self.window, self.deletion = config, context, deletion
         self.threshold = np.float32(config.deletion.threshold if threshold is None else threshold)
         self.graph, abstract = structure(config)
         check_draft(draft, nnx.merge(self.graph, abstract))

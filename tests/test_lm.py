@@ -12,6 +12,7 @@ from bytelm.config import ConfigError
 from bytelm.generate import draw, visible_inputs
 from bytelm.lm import NetworkLM, load, log_softmax
 from bytelm.models.build import init_params
+from bytelm.parallel.rules import path_string
 from bytelm.vocab import FLAT_IDS
 from tiny import FULL, HYBRID, flat, hat, hnet, network, spacebyte
 
@@ -218,3 +219,22 @@ def test_few_slots_for_chunks_change_no_score(model):
     for a, b in zip(lm.score_batch(texts), found, strict=True):
         np.testing.assert_allclose(a.per_byte, b.per_byte, atol=1e-5)
     assert lm._slots._misses
+
+
+@pytest.mark.slow
+def test_bfloat16_serves_from_matrices_in_bfloat16():
+    """Which changes nothing but the memory: layers would cast them."""
+    config = flat(HYBRID, dtype="bfloat16")
+    made, params = network(config, scale=3.0)
+    lm = NetworkLM(config, params, WINDOW)
+    kinds = {path.endswith("kernel") and "conv" not in path: leaf.dtype for path, leaf in _named(lm.params)}
+    assert kinds == {True: jnp.bfloat16, False: jnp.float32}
+    text = b"The quick brown fox"
+    ids = jnp.array([[FLAT_IDS.start, *text]])
+    wanted = log_softmax(np.asarray(made(ids).logits[0, -1], np.float64))
+    np.testing.assert_allclose(lm.logprobs(text), wanted, atol=0.02)
+    assert len(lm.generate(text, 8, temperature=0)) <= 8
+
+
+def _named(params):
+    return [(path_string(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)]

@@ -18,7 +18,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from bytelm.parallel.mesh import platform
+from bytelm.parallel.mesh import one_device, platform
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
@@ -57,9 +57,9 @@ def _narrow_dot(a, of_a, b, of_b, axes, dtype, precision):
     """`_dot` of bfloat16 on CPU."""
     together, rows, summed = axes
     order, dtype = [*together, *rows, *summed], dtype or a.dtype
-    if order != list(of_a):  # told the layout, XLA does not make the transpose a part of the product again
-        a = jnp.transpose(a, [of_a.index(c) for c in order])
-        a = with_layout_constraint(a, Layout(major_to_minor=tuple(range(a.ndim))))
+    a = jnp.transpose(a, [of_a.index(c) for c in order])
+    if order != list(of_a) and one_device():  # else XLA makes the transpose a part of the product again; it would
+        a = with_layout_constraint(a, Layout(major_to_minor=tuple(range(a.ndim))))  # gather a split array for this
     first, last = len(together), a.ndim - len(summed)
     batch, single, sums = a.shape[:first], math.prod(a.shape[first:last]) == 1, a.shape[last:]
     if single:  # the same row twice

@@ -117,6 +117,12 @@ def platform() -> str:
     return "gpu" if found in ("cuda", "rocm") else found
 
 
+def one_device() -> bool:
+    """Whether the mesh has one device, or there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def shard(x: Array, *logical: str | None) -> Array:
     """Asks the compiler to lay out `x` by logical axes; without a mesh it returns `x` as it is."""
     mesh = jax.sharding.get_abstract_mesh()

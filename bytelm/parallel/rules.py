@@ -136,3 +136,19 @@ def state_shardings(mesh: Mesh, abstract: Any, rules: tuple = RULES) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree.map_with_path(one, abstract)
+
+
+def is_cast(path: str, dtype: str) -> bool:
+    """Whether a parameter is used in the compute type: the projection matrices.
+
+    The embedding table, convolutions, norms, biases and rates stay float32: their gradients are sums over all
+    positions, which bfloat16 cannot hold. So do H-Net's routers and residual projections and the delete gate, which
+    compute in float32, and entropy models, whose cuts must be the same wherever they are made.
+    """
+    wide = any(part in path for part in ("conv", "router", "residual", "delete_gate", "pool", "patcher"))
+    return dtype != "float32" and path.endswith("kernel") and not wide
+
+
+def cast_matrices(params: Any, dtype: str) -> Any:
+    """Parameters with the projection matrices in the compute type: once for a training step, or to serve."""
+    return jax.tree.map_with_path(lambda path, p: p.astype(dtype) if is_cast(path_string(path), dtype) else p, params)

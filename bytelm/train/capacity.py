@@ -8,11 +8,14 @@ gate starts open and closes slowly, so that its sizes lie closer.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from bytelm.config import CapacityConfig, ModelConfig, T5Config, UnitConfig
+from bytelm.config import CapacityConfig, Config, ModelConfig, T5Config, UnitConfig
+from bytelm.parallel import hosts
 
 SHARES = tuple(0.6 * 0.75**k for k in range(14))  # of the row; and 1
 KEPT_SHARES = tuple(0.85**k for k in range(20))  # of what a delete gate keeps
@@ -35,7 +38,7 @@ def rule_of(model: ModelConfig) -> tuple[CapacityConfig, tuple[float, ...]] | No
 
 def sizes(row: int, config: CapacityConfig, shares: Sequence[float] = SHARES) -> tuple[int, ...]:
     """The numbers of slots that a level may have on rows of `row` bytes, falling."""
-    up = lambda share: min(-(-int(share * row) // config.multiple) * config.multiple, row)  # noqa: E731
+    up = lambda share: min(-(-max(int(share * row), 1) // config.multiple) * config.multiple, row)  # noqa: E731
     return tuple(sorted({row, *(up(share) for share in (*shares, *config.start))}, reverse=True))
 
 
@@ -69,15 +72,37 @@ def time_to_choose(model: ModelConfig, step: int) -> bool:
 def next_capacity(model: ModelConfig, row: int, now: Capacity, need: Sequence[float]) -> Capacity:
     """Slots of each level given those of now and the slots that rows needed lately.
 
-    More as soon as the need is above what there is; fewer once the need, with the margin, fits a smaller size.
+    More as soon as the need is above what there is; fewer once the need, with the margin, fits a smaller size. As many
+    where no row has needed any yet (all batches were skipped).
     """
     config, shares = _rule(model)
     choices, out = sizes(row, config, shares), []
     for level, (slots, needed) in enumerate(zip(now, need)):
         wanted = _fitting(choices, needed * config.margin)
-        chosen = wanted if needed > slots or wanted < slots else slots
+        chosen = wanted if needed > slots or (needed > 0 and wanted < slots) else slots
         out.append(min(chosen, out[-1] if level else row))
     return tuple(out)
+
+
+def resumed_capacity(config: Config, state: Any) -> tuple[Any, Capacity]:
+    """The slots of each level to go on with, and a state that says so, or has no record of slots where none are chosen
+    (settings that a run may change decide that). Slots that the config of now would not choose give way to those it
+    starts with."""
+    first = first_capacity(config.model, config.data.seq_len)
+    if not first:
+        return {name: part for name, part in state.items() if name != "chunks"}, ()
+    if "chunks" not in state:
+        need = hosts.place(np.zeros(len(first), np.float32), state["step"].sharding)
+        return with_capacity({**state, "chunks": {"need": need}}, first), first
+    saved = tuple(int(slots) for slots in np.asarray(state["chunks"]["capacity"]))
+    capacity = possible_capacity(config.model, config.data.seq_len, saved)
+    return (state if capacity == saved else with_capacity(state, capacity)), capacity
+
+
+def with_capacity(state: Any, capacity: Capacity) -> Any:
+    """A train state that records these slots."""
+    placed = hosts.place(np.array(capacity, np.int32), state["step"].sharding)
+    return {**state, "chunks": {**state["chunks"], "capacity": placed}}
 
 
 def track_need(before: Float[Array, " l"], now: Float[Array, " l"]) -> Float[Array, " l"]:

@@ -42,7 +42,7 @@ from bytelm.models.flops import TRAIN_FACTOR, forward_flops, t5_flops, trained_k
 from bytelm.parallel import hosts
 from bytelm.parallel.mesh import check_rows, make_mesh
 from bytelm.parallel.rules import path_string
-from bytelm.train.capacity import Capacity, next_capacity, possible_capacity, time_to_choose
+from bytelm.train.capacity import Capacity, next_capacity, resumed_capacity, time_to_choose, with_capacity
 from bytelm.train.evaluation import make_evaluation
 from bytelm.train.health import Diverged, Health, with_bits
 from bytelm.train.init import load_initial_params, load_parts, with_parts
@@ -174,7 +174,7 @@ def train(config: Config) -> Result:
                              commit=commit, versions=versions(), **belongs)  # fmt: skip
             checkpoints.save(step, state, join_states(hosts.gather(batches.state())), meta, wait)
 
-        state, capacity = _resumed_capacity(config, state)
+        state, capacity = resumed_capacity(config, state)
         first_step, last_save, saved_at, metrics, due = step, time.monotonic(), step, None, False
         while step < config.train.steps:
             profile(step, metrics)
@@ -252,22 +252,6 @@ def forward_cost(config: Config, record: dict[str, float]) -> float:
     return forward_flops(config.model, config.data.seq_len, spans)
 
 
-def _resumed_capacity(config: Config, state: Any) -> tuple[Any, Capacity]:
-    """The chunk slots of each level to go on with, and a state that says so; () for a model without levels. Slots that
-    the config of now would not choose (after an accepted change) give way to those it starts with."""
-    if "chunks" not in state:
-        return state, ()
-    saved = tuple(int(slots) for slots in np.asarray(state["chunks"]["capacity"]))
-    capacity = possible_capacity(config.model, config.data.seq_len, saved)
-    return (state if capacity == saved else _with_capacity(state, capacity)), capacity
-
-
-def _with_capacity(state: Any, capacity: Capacity) -> Any:
-    chunks = state["chunks"]
-    placed = hosts.place(np.array(capacity, np.int32), chunks["capacity"].sharding)
-    return {**state, "chunks": {**chunks, "capacity": placed}}
-
-
 def _choose_capacity(config: Config, state: Any, now: Capacity, progress: Progress) -> tuple[Any, Capacity]:
     """Looks at what rows needed lately: the state with the capacity to go on with, and that capacity."""
     need = np.asarray(state["chunks"]["need"]).tolist()
@@ -275,7 +259,7 @@ def _choose_capacity(config: Config, state: Any, now: Capacity, progress: Progre
     if chosen == now:
         return state, now
     progress.note(f"slots per row: {' / '.join(map(str, now))} -> {' / '.join(map(str, chosen))} (compiling)")
-    return _with_capacity(state, chosen), chosen
+    return with_capacity(state, chosen), chosen
 
 
 def _write_config(config: Config, run_dir: Path) -> None:

@@ -19,7 +19,7 @@ from bytelm.train.capacity import first_capacity
 from bytelm.train.optim import make_optimizer
 from bytelm.windows import DEFAULT_WINDOW
 
-# {"params", "opt", "step", "skipped": {"in_row", "total"}}, for models that chunk {"chunks": {"need", "capacity"}}, and
+# {"params", "opt", "step", "skipped": {"in_row", "total"}}; where slots are chosen {"chunks": {"need", "capacity"}};
 # for a learned delete gate {"deletion": {"alpha", "p", "i"}}, its controller
 State = dict[str, Any]
 

@@ -22,7 +22,7 @@ from bytelm.models.t5 import Control, Mode
 from bytelm.models.t5_report import report_rows
 from bytelm.parallel.hosts import place_rows
 from bytelm.parallel.mesh import shard
-from bytelm.parallel.rules import path_string
+from bytelm.parallel.rules import cast_matrices
 from bytelm.train.capacity import Capacity, track_need
 from bytelm.train.losses import token_nll
 from bytelm.train.optim import held_steps
@@ -47,24 +47,8 @@ def fed_shapes(config: Config) -> dict[str, tuple[int, int]]:
     return dict.fromkeys(FED[:3], (rows, target_length(config.data))) | {"source": (rows, t)}
 
 
-def is_cast(path: str, dtype: str) -> bool:
-    """Whether a parameter is used in the compute type: the projection matrices.
-
-    The embedding table, convolutions, norms, biases and rates stay float32: their gradients are sums over all
-    positions, which bfloat16 cannot hold. So do H-Net's routers and residual projections and the delete gate, which
-    compute in float32, and entropy models, whose cuts must be the same wherever they are made.
-    """
-    wide = any(part in path for part in ("conv", "router", "residual", "delete_gate", "pool", "patcher"))
-    return dtype != "float32" and path.endswith("kernel") and not wide
-
-
-def cast_matrices(params: Params, dtype: str) -> Params:
-    """Projection matrices in the compute type, once per step."""
-    return jax.tree.map_with_path(lambda path, p: p.astype(dtype) if is_cast(path_string(path), dtype) else p, params)
-
-
 def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatch, Capacity], tuple[State, dict]]:
-    """One optimizer step: (state, batch, chunk slots of each level) -> (state, metrics). The state is donated; each
+    """One optimizer step: (state, batch, slots of each level) -> (state, metrics). The state is donated; each
     capacity is compiled once.
 
     The loss is the mean nats per target over the whole batch plus the mean of the microbatches' auxiliary losses

@@ -81,7 +81,7 @@ INSIDE = {"hat": hat(), "spacebyte": spacebyte(), "hnet": hnet(1, chunker="words
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INSIDE)
 def test_inside_a_chunk_a_guess_is_what_a_step_says(name):
-    """And at its end it is not."""
+    """And behind its end it is not; BLT's has none here."""
     graph, state = nnx.split(network(INSIDE[name], seed=1)[0])
     symbols = byte_ids(INSIDE[name])
     text = np.frombuffer(b"one two", np.uint8).astype(np.int32) + symbols.offset
@@ -92,9 +92,11 @@ def test_inside_a_chunk_a_guess_is_what_a_step_says(name):
     )
     _, cache = prefill(state, ids, jnp.array([ids.shape[1]]))
     stepped = guessed = cache
-    for byte, same in ((b"f", True), (b"o", True), (b" ", name == "blt"), (b"x", name == "blt")):
+    for byte in (b"f", b"o", b" ", b"x"):
         x = jnp.array([byte[0] + symbols.offset])
         wanted, stepped = step(state, x, stepped)
         found, guessed = alone(state, x, guessed)
         error = float(jnp.abs(found - wanted).max())
-        assert error < 2e-5 if same else byte == b" " or error > 1e-3, (byte, error)
+        if byte in b"fo" or name == "blt":
+            assert error < 2e-5, byte
+    assert name == "blt" or error > 1e-3

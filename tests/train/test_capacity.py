@@ -71,6 +71,8 @@ def test_slots_of_kept_bytes():
     assert next_capacity(compact, 1024, (1024,), [560.0]) == (632,)  # 560 * 1.1 = 616
     assert next_capacity(compact, 1024, (632,), [640.0]) == (744,)  # above what there is
     assert next_capacity(compact, 1024, (632,), [600.0]) == (632,)
+    assert next_capacity(compact, 1024, (632,), [0.0]) == (632,)  # all batches were skipped
+    assert min(sizes(16, CapacityConfig(multiple=8))) == 8
     assert possible_capacity(compact, 1024, (632,)) == (632,)
     assert first_capacity(t5("learned", deletion={"train": "compact", "capacity": 0.5}), 1024) == (512,)
     assert first_capacity(t5("learned", deletion={"train": "compact", "capacity_every": 0}), 1024) == ()

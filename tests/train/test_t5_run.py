@@ -138,6 +138,12 @@ def test_slots_follow_what_is_kept(tmp_path):
     assert whole == cut
     for step, loss in losses(tmp_path / "masked").items():
         assert whole[step] == pytest.approx(loss, abs=2e-5)
+    for name in ("masked", "compact"):  # a run may begin to choose slots, or leave off
+        other = dict(train="compact", capacity_every=2) if name == "masked" else dict(capacity_every=0)
+        train(t5_run(tmp_path / name, kind="fixed", deletion=fixed | other, dropout=0.0, steps=7,
+                     train={"steps": 7, "allow_config_change": True}))  # fmt: skip
+    ends = [losses(tmp_path / name)[7] for name in ("masked", "compact")]
+    assert ends[0] == pytest.approx(ends[1], abs=2e-5)
 
 
 @pytest.mark.slow
