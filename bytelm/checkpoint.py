@@ -151,9 +151,13 @@ class Checkpoints:
         that a run may change decide whether slots are chosen."""
         with ocp.StandardCheckpointer() as reader:
             saved = reader.metadata((self.folder / str(step) / "rest").resolve()).item_metadata
-        slots = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rest["step"].sharding)
-                 for name, x in dict(saved).get("chunks", {}).items()}  # fmt: skip
-        return {name: part for name, part in rest.items() if name != "chunks"} | ({"chunks": slots} if slots else {})
+        if "chunks" not in saved:
+            return {name: part for name, part in rest.items() if name != "chunks"}
+        everywhere = rest["step"].sharding
+        slots = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for name, x in saved["chunks"].items()
+        }
+        return {"chunks": slots} | rest
 
     def _set_aside(self, step: int, reason: str, name: str = "broken") -> None:
         if is_first():

@@ -101,7 +101,7 @@ def resumed_capacity(config: Config, state: Any) -> tuple[Any, Capacity]:
 
 def with_capacity(state: Any, capacity: Capacity) -> Any:
     """A train state that records these slots."""
-    placed = hosts.place(np.array(capacity, np.int32), state["step"].sharding)
+    placed = hosts.place(np.array(capacity, np.int32), state["chunks"]["need"].sharding)
     return {**state, "chunks": {**state["chunks"], "capacity": placed}}
 
 
