@@ -26,8 +26,8 @@ class _File:
     def stamp(self) -> Stamp:
         return _stamp(os.fstat(self._descriptor))
 
-    def close(self) -> None:
-        os.close(self._descriptor)
+    def close(self, close=os.close) -> None:  # `os` is gone when a corpus lives until the interpreter ends
+        close(self._descriptor)
 
 
 def _stamp(stat: os.stat_result) -> Stamp:
