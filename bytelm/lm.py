@@ -56,7 +56,7 @@ from bytelm.kernels import on_any_device
 from bytelm.models.build import Params, byte_ids, structure, word_rule
 from bytelm.models.slot_guess import SlotGuess
 from bytelm.models.token_lm import token_structure
-from bytelm.parallel.mesh import make_mesh
+from bytelm.parallel.mesh import compiler_options, make_mesh
 from bytelm.parallel.rules import TOKEN_RULES, cast_matrices, state_shardings
 from bytelm.protocol import ByteLM, Score, Text, in_context, log_softmax, no_inputs
 from bytelm.seq2seq_lm import Seq2SeqLM
@@ -329,7 +329,8 @@ def _tokenized(path: Path, dtype: str | None, mesh: MeshConfig | None, **options
     devices = None if mesh is None else make_mesh(mesh)
     shardings = None if devices is None else state_shardings(devices, abstract, TOKEN_RULES)
     params = token_lm.params_from(tensors, config, abstract, str(file), shardings)
-    return TokenizedLM(TokenModel(config, params, devices), vocabulary, chat_template=template, **options)
+    model = TokenModel(config, params, devices, compiler_options(devices))
+    return TokenizedLM(model, vocabulary, chat_template=template, **options)
 
 
 def _trained_tokens(

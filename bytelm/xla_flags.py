@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 
 # The reductions of XLA's newer CPU library (YNN) give NaN or wrong numbers for some shapes: a stack of Mamba-2 blocks
 # over 128 rows of 32 does (seen with jaxlib 0.10.2 and 0.12.0; crashes: jax issues 39257 and 40412). Its single
@@ -12,7 +13,8 @@ OPTION, MATMULS = "--xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE
 
 
 def set_flags() -> None:
-    """Keeps that library to single matmuls where it is broken, unless XLA_FLAGS say something of it."""
+    """Keeps that library to single matmuls where it is broken, unless XLA_FLAGS say something of it; and makes threads
+    enough for the CPU devices that the environment asks for, unless it says how many (NPROC)."""
     try:
         version = importlib.metadata.version("jaxlib")
     except importlib.metadata.PackageNotFoundError:
@@ -21,3 +23,8 @@ def set_flags() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if BROKEN_FROM <= numbers < UNKNOWN_FROM and OPTION not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {OPTION}={MATMULS}".strip()
+    # Devices of a CPU share threads, and each may have some wait in a collective of a loop and in one behind it.
+    asked = re.search(r"--xla_force_host_platform_device_count=(\d+)", flags)
+    devices = os.environ.get("JAX_NUM_CPU_DEVICES") or (asked[1] if asked else "")
+    if devices.isdecimal() and int(devices) > 1:
+        os.environ.setdefault("NPROC", str(4 * int(devices)))

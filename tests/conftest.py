@@ -8,12 +8,10 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight fake devices on two busy cores: a collective may wait long for its turn, which XLA would take for a deadlock.
-# And such as do not depend on each other may start in another order on each device, which is one. So is a pool whose
-# threads all wait in collectives of several kinds: it has as many threads as NPROC says.
+# And a device may wait in two of them (bytelm/xla_flags.py).
 os.environ.setdefault("NPROC", "32")
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     "--xla_backend_optimization_level=1",  # compilation is most of the time; 0 would be faster, but rounds worse
 ])  # fmt: skip
 sys.path.insert(0, str(Path(__file__).parent))

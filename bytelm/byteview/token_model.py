@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,22 +16,29 @@ from bytelm.models.build import Params
 from bytelm.models.token_lm import TokenLMConfig, token_structure
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def _extend(graph, params, ids, positions, slots, seen, places, wanted, cache):
     return nnx.merge(graph, params).extend(ids, positions, slots, seen, places, wanted, cache)
 
 
 class TokenModel:
-    """Runs a decoder over nodes; over the devices of `mesh`, if the parameters lie there."""
+    """Runs a decoder over nodes; over the devices of `mesh`, if the parameters lie there. `options` are told to the
+    compiler."""
 
-    def __init__(self, config: TokenLMConfig, params: Params, mesh: jax.sharding.Mesh | None = None):
+    def __init__(
+        self,
+        config: TokenLMConfig,
+        params: Params,
+        mesh: jax.sharding.Mesh | None = None,
+        options: dict[str, bool] | None = None,
+    ):
         self.config, self.params, self.mesh = config, params, mesh
         self.graph, _ = token_structure(config)
+        self._extend = jax.jit(_extend, static_argnames="graph", donate_argnames="cache", compiler_options=options)
 
     def extend(self, *arguments: Any) -> Any:
         """`TokenLM.extend`, compiled."""
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            return _extend(self.graph, self.params, *arguments)
+            return self._extend(self.graph, self.params, *arguments)
 
     def session(self, slots: int = 256, lanes: int = 1) -> "Session":
         """An empty cache for so many texts side by side."""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from bytelm.nn.layers import wide
 from bytelm.parallel import sequence
+from bytelm.parallel.mesh import unroll
 
 OUTSIDE = -2  # segment of what fills up a last block of keys
 
@@ -104,7 +105,8 @@ def _backward(window, block, keys, kept, dy):
 
     nothing = jnp.zeros(k.shape, kind)
     begin = (jnp.zeros(queries.blocks.shape, kind), (k, v, segments), nothing, nothing)
-    (dq, _, dk, dv), _ = jax.lax.scan(turn, begin, jnp.arange(jax.lax.axis_size(sequence.AXIS)))
+    pieces = jnp.arange(jax.lax.axis_size(sequence.AXIS))
+    (dq, _, dk, dv), _ = jax.lax.scan(turn, begin, pieces, unroll=unroll())
     return queries.joined(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

@@ -20,7 +20,7 @@ from bytelm.nn.cache import StackCache
 from bytelm.nn.compaction import expand
 from bytelm.nn.layers import ReLUMLP, SwiGLU, make_norm, wide
 from bytelm.nn.mamba2 import Mamba2
-from bytelm.parallel.mesh import shard
+from bytelm.parallel.mesh import shard, unroll
 
 
 class Block(nnx.Module):
@@ -160,7 +160,7 @@ class Stack(nnx.Module):
         if self.divided:  # no loop whose ends would copy what goes through it
             carry, out = body(carry, jax.tree.map(lambda v: v[0], per_layer))
             return carry, jax.tree.map(lambda v: v[None], out)
-        return jax.lax.scan(body, carry, per_layer, unroll=1 if self.config.scan_layers else True)
+        return jax.lax.scan(body, carry, per_layer, unroll=unroll() if self.config.scan_layers else True)
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ from bytelm.config import T5Config
 from bytelm.nn.layers import Dropout, Embedding, GatedGELU, RMSNorm
 from bytelm.nn.relative import Attending, Keys, PositionBias, RelativeAttention
 from bytelm.nn.stack import REMAT_POLICIES
-from bytelm.parallel.mesh import shard
+from bytelm.parallel.mesh import shard, unroll
 
 
 def _stds(config: T5Config, layers: int) -> dict[str, float]:
@@ -109,7 +109,7 @@ class T5Stack(nnx.Module):
             return body(block, r, _part(how, number))
 
         if not training:
-            r, excess = jax.lax.scan(looked_up, r, numbers, unroll=1 if c.scan_layers else True)
+            r, excess = jax.lax.scan(looked_up, r, numbers, unroll=unroll() if c.scan_layers else True)
             return r, excess.mean()
 
         def layer(r, block):
@@ -120,5 +120,5 @@ class T5Stack(nnx.Module):
         if c.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat], prevent_cse=not looped)
         some = jax.tree.map(lambda p: p[first:end], self.blocks)
-        r, excess = jax.lax.scan(layer, r, (some, numbers), unroll=1 if c.scan_layers else True)
+        r, excess = jax.lax.scan(layer, r, (some, numbers), unroll=unroll() if c.scan_layers else True)
         return r, excess.mean()

@@ -123,6 +123,29 @@ def one_device() -> bool:
     return mesh.empty or mesh.size == 1
 
 
+def _cpus(mesh: Any) -> bool:
+    """Whether the devices of a mesh are several of a CPU.
+
+    There, XLA (as of jaxlib 0.10.2) keeps collectives in order but for those inside a loop: what follows the loop may
+    begin before they have. Those of `parallel/sequence.py` all bear one number, so that devices meet in different ones:
+    wrong numbers or a crash. Those that the compiler makes have numbers of their own, and need threads enough to wait
+    in (`xla_flags.py`).
+    """
+    device = getattr(mesh, "abstract_device", None)
+    return mesh.size > 1 and getattr(device, "platform", None) == "cpu"
+
+
+def unroll() -> bool | int:
+    """`unroll` of a scan whose turns hold collectives, see `_cpus`."""
+    return True if _cpus(jax.sharding.get_abstract_mesh()) else 1
+
+
+def compiler_options(mesh: Mesh | None) -> dict[str, bool]:
+    """What `jax.jit` must tell the compiler of a program that runs over this mesh: threads that share a product would
+    wait for such as wait in collectives, see `_cpus`."""
+    return {"xla_cpu_multi_thread_eigen": False} if mesh is not None and _cpus(mesh.abstract_mesh) else {}
+
+
 def shard(x: Array, *logical: str | None) -> Array:
     """Asks the compiler to lay out `x` by logical axes; without a mesh it returns `x` as it is."""
     mesh = jax.sharding.get_abstract_mesh()

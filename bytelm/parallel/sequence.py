@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from bytelm.parallel.mesh import unroll
+
 AXIS = "sequence"
 
 
@@ -65,7 +67,7 @@ def shown_round(read: Callable[[Any, Array, Any], Any], so_far: Any, shown: Any)
         so_far, held = now
         return (read(so_far, owner_after(moves), held), onward(held)), None
 
-    return jax.lax.scan(turn, (so_far, shown), jnp.arange(jax.lax.axis_size(AXIS)))[0][0]
+    return jax.lax.scan(turn, (so_far, shown), jnp.arange(jax.lax.axis_size(AXIS)), unroll=unroll())[0][0]
 
 
 def gathered_round(add: Callable[[Array, Array], Array], empty: Array) -> Array:
@@ -74,7 +76,7 @@ def gathered_round(add: Callable[[Array, Array], Array], empty: Array) -> Array:
     def turn(held, moves):
         return add(onward(held), owner_after(moves + 1)), None
 
-    return jax.lax.scan(turn, empty, jnp.arange(jax.lax.axis_size(AXIS)))[0]
+    return jax.lax.scan(turn, empty, jnp.arange(jax.lax.axis_size(AXIS)), unroll=unroll())[0]
 
 
 def carried_in(added: Array, kept: Array) -> tuple[Array, Array]:

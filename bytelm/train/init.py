@@ -30,6 +30,7 @@ from bytelm.interop.weights import shapes_match
 from bytelm.models.build import Params, byte_ids, entropy_rule, structure
 from bytelm.models.units import Units
 from bytelm.parallel.hosts import place
+from bytelm.parallel.mesh import compiler_options
 from bytelm.parallel.rules import path_string
 from bytelm.vocab import NUM_SYMBOLS
 
@@ -166,7 +167,7 @@ def _scaled_pool(model: ModelConfig, params: Params, size: float) -> Params:
         ratio = size / _size(e, units, inputs)
         return {**params["pool"], "out": {"kernel": params["pool"]["out"]["kernel"] * ratio}}
 
-    return jax.jit(scaled, out_shardings=_shardings(params["pool"]))(params, _sample(model))
+    return _on_devices(scaled, params["pool"])(params, _sample(model))
 
 
 def _fitted_guide(model: ModelConfig, params: Params, norm: np.ndarray) -> Params:
@@ -183,7 +184,7 @@ def _fitted_guide(model: ModelConfig, params: Params, norm: np.ndarray) -> Param
         scale = jnp.broadcast_to(scale, layer["norm"]["scale"].shape)
         return {**params["guide"], "layer": {**layer, "norm": {"scale": scale}}}
 
-    return jax.jit(fitted, out_shardings=_shardings(params["guide"]))(params, _sample(model))
+    return _on_devices(fitted, params["guide"])(params, _sample(model))
 
 
 def _size(x: Array, units: Units, inputs: Array) -> Array:
@@ -192,8 +193,10 @@ def _size(x: Array, units: Units, inputs: Array) -> Array:
     return jnp.sqrt(jnp.sum(jnp.where(real, x.astype(jnp.float32), 0) ** 2) / (jnp.sum(real) * x.shape[-1]))
 
 
-def _shardings(params: Params) -> Params:
-    return jax.tree.map(lambda x: x.sharding, params)
+def _on_devices(f: Callable[..., Params], like: Params) -> Callable[..., Params]:
+    """f, compiled; what it gives lies where the arrays of `like` do."""
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(f, out_shardings=shardings, compiler_options=compiler_options(jax.sharding.get_mesh()))
 
 
 def _without(tree: Params, names: list[str]) -> Params:

@@ -13,7 +13,7 @@ from bytelm.config import Config, ConfigError, FlatConfig, HNetConfig, T5Config
 from bytelm.kernels import check_kernels
 from bytelm.models.build import init_params, structure
 from bytelm.models.deletion import first_control
-from bytelm.parallel.mesh import platform
+from bytelm.parallel.mesh import compiler_options, platform
 from bytelm.parallel.rules import state_shardings
 from bytelm.train.capacity import first_capacity
 from bytelm.train.optim import make_optimizer
@@ -33,6 +33,7 @@ class Setup:
     abstract: State  # shapes and dtypes, with shardings
     shardings: State
     replicated: NamedSharding  # of what every device holds whole
+    options: dict[str, bool]  # what the compiler is told
 
 
 def plan_state(config: Config, mesh: Mesh) -> Setup:
@@ -45,7 +46,8 @@ def plan_state(config: Config, mesh: Mesh) -> Setup:
     abstract = jax.eval_shape(lambda: _init(config, optimizer))
     shardings = state_shardings(mesh, abstract)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    return Setup(graph, optimizer, abstract, shardings, NamedSharding(mesh, PartitionSpec()))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return Setup(graph, optimizer, abstract, shardings, replicated, compiler_options(mesh))
 
 
 def check_pieces(config: Config, count: int) -> None:
@@ -81,4 +83,7 @@ def _init(config: Config, optimizer: optax.GradientTransformation) -> State:
 
 def init_state(config: Config, setup: Setup) -> State:
     """A fresh state, each array created on the devices that hold it."""
-    return jax.jit(lambda: _init(config, setup.optimizer), out_shardings=setup.shardings)()
+    init = jax.jit(
+        lambda: _init(config, setup.optimizer), out_shardings=setup.shardings, compiler_options=setup.options
+    )
+    return init()

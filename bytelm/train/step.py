@@ -129,7 +129,8 @@ def make_train_step(config: Config, setup: Setup) -> Callable[[State, DeviceBatc
             metrics["wishes"] = batch["wishes"].any(axis=(0, 1))
         return {**new, "step": state["step"] + 1, "skipped": {"in_row": in_row, "total": in_all}}, metrics
 
-    return jax.jit(step, donate_argnums=0, static_argnums=2, out_shardings=(setup.shardings, setup.replicated))
+    return jax.jit(step, donate_argnums=0, static_argnums=2, out_shardings=(setup.shardings, setup.replicated),
+                   compiler_options=setup.options)  # fmt: skip
 
 
 def _control(model: T5Config, state: State, key: Array) -> Control:
@@ -145,7 +146,8 @@ def make_report_step(config: Config, setup: Setup) -> Callable[[Params, DeviceBa
     def report(params, batch, mode):
         return report_rows(nnx.merge(setup.graph, cast_matrices(params, config.model.dtype)), batch, mode)
 
-    return jax.jit(report, static_argnums=2, out_shardings=setup.replicated)
+    return jax.jit(report, static_argnums=2, out_shardings=setup.replicated,
+                   compiler_options=setup.options)  # fmt: skip
 
 
 def make_eval_step(config: Config, setup: Setup) -> Callable[[Params, Array, Array], tuple[Array, tuple[Level, ...]]]:
@@ -157,7 +159,7 @@ def make_eval_step(config: Config, setup: Setup) -> Callable[[Params, Array, Arr
         out = network(inputs)
         return -token_nll(out.logits, targets), out.levels
 
-    return jax.jit(logprobs, out_shardings=setup.replicated)
+    return jax.jit(logprobs, out_shardings=setup.replicated, compiler_options=setup.options)
 
 
 def place_batch(batch: Batch, mesh: Mesh, mine: Sequence[int] | None = None, rows: int = 0) -> DeviceBatch:

@@ -4,6 +4,7 @@ pooling alone, and the blocks then see what they know from the first step on."""
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from bytelm.data.words import split_bytes
 from bytelm.interop.backbone import Blocks
 from bytelm.models.build import Params, byte_ids, structure
 from bytelm.models.flops import TRAIN_FACTOR, reader_flops, target_bytes_per_chunk
+from bytelm.parallel.mesh import compiler_options
 
 ROWS, LEARNING_RATE = 8, 3e-3
 READER = ("embed", "encoder", "pool")  # the parameters that are taught
@@ -89,7 +91,7 @@ def teach_words(
         error = jnp.mean((e.astype(jnp.float32) - target) ** 2, axis=-1) / size**2
         return jnp.sum(jnp.where(real, error, 0)) / jnp.maximum(jnp.sum(real), 1)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options(jax.sharding.get_mesh()))
     def step(reader, state, rest, *batch):
         value, grads = jax.value_and_grad(loss)(reader, rest, *batch)
         updates, state = optimizer.update(grads, state)

@@ -13,7 +13,7 @@ from bytelm.config import CapacityConfig, ConfigError, MeshConfig
 from bytelm.nn.attend import attend, attend_in_pieces, causal_mask
 from bytelm.nn.compaction import compact, expand, newest_slot, slot_positions
 from bytelm.nn.recurrence import causal_conv, linear_scan, ssd, ssd_sequential
-from bytelm.parallel import make_mesh
+from bytelm.parallel.mesh import compiler_options, make_mesh
 from bytelm.parallel.sequence import pieces
 from bytelm.plan import make_plan
 from bytelm.train.state import plan_state
@@ -26,6 +26,10 @@ DOCUMENTS = [[1] * 5 + [2] * 30 + [3] * 13, [1] * 12 + [2] * 12 + [4] * 20 + [0]
 
 def mesh():
     return make_mesh(MeshConfig(data=1, sequence=PIECES, tensor=2), jax.devices()[:8])
+
+
+def on_mesh(f):
+    return jax.jit(f, compiler_options=compiler_options(mesh()))
 
 
 def draw(seed, *shape):
@@ -47,7 +51,7 @@ def both(f, *args, atol=2e-5):
     whole = jax.jit(run)(*args)
     with jax.set_mesh(mesh()):
         assert pieces() == PIECES
-        cut = jax.jit(run)(*args)
+        cut = on_mesh(run)(*args)
     for a, b in zip(jax.tree.leaves(cut), jax.tree.leaves(whole)):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=atol * max(1, float(np.abs(b).max())))
     return whole[1]
@@ -63,7 +67,7 @@ def test_state_space_recurrence(documents, form, chunk):
     oracle, end = ssd_sequential(x, dt, A, B, C, segments)
     np.testing.assert_allclose(y, oracle, atol=1e-5)
     with jax.set_mesh(mesh()):
-        state = jax.jit(lambda *v: ssd(*v, segments, chunk=chunk, form=form)[1])(x, dt, A, B, C)
+        state = on_mesh(lambda *v: ssd(*v, segments, chunk=chunk, form=form)[1])(x, dt, A, B, C)
     np.testing.assert_allclose(state, end, atol=1e-5)
 
 
@@ -109,7 +113,7 @@ def test_attention(documents, window):
     q, k, v = draw(0, 2, T, 4, 6), draw(1, 2, T, 2, 6), draw(2, 2, T, 2, 6)
     segments = segments_of(documents)
     with jax.set_mesh(mesh()):
-        y = jax.jit(lambda *qkv: attend_in_pieces(*qkv, window, segments))(q, k, v)
+        y = on_mesh(lambda *qkv: attend_in_pieces(*qkv, window, segments))(q, k, v)
     np.testing.assert_allclose(y, attend(q, k, v, causal_mask(T, window, segments)), atol=2e-6)
 
 
@@ -126,7 +130,7 @@ def test_attention_in_blocks_with_gradients(documents, window, block, keys):
 
     wanted = run(lambda *a: attend(*a, causal_mask(T, window, segments)))
     with jax.set_mesh(mesh()):
-        got = jax.jit(lambda: run(lambda *a: attend_in_pieces(*a, window, segments, block, keys)))()
+        got = on_mesh(lambda: run(lambda *a: attend_in_pieces(*a, window, segments, block, keys)))()
     np.testing.assert_allclose(got[0], wanted[0], atol=2e-6)
     for g, w in zip(got[1], wanted[1]):
         np.testing.assert_allclose(g, w, atol=1e-5)

@@ -1,6 +1,9 @@
 """The rules table, the mesh, and that a run on 2 x 4 devices equals the run on one."""
 
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from bytelm.config import AheadConfig, ConfigError, MeshConfig, StackConfig
 from bytelm.data.pipeline import Batches, load_text
 from bytelm.models.build import byte_ids, structure
-from bytelm.parallel.mesh import device_order, make_mesh, shard
+from bytelm.parallel.mesh import compiler_options, device_order, make_mesh, shard, unroll
 from bytelm.parallel.rules import RULES, logical_axes, path_string, state_shardings
 from bytelm.topology import GENERATIONS, shapes
 from bytelm.train.state import init_state, plan_state
@@ -179,3 +182,24 @@ def test_every_mesh_of_every_slice_has_an_order(generation):
                 assert sorted(d.id for d in order.flat) == list(range(count * slices))
                 for i in range(slices):
                     assert len({d.slice_index for d in order[i].flat}) == 1
+
+
+def test_several_devices_of_a_cpu_have_neither_loops_nor_threads_around_collectives():
+    eight, one = (make_mesh(MeshConfig(), jax.devices()[:n]) for n in (8, 1))
+    assert unroll() == 1
+    for mesh, wanted in ((eight, True), (one, 1)):
+        with jax.set_mesh(mesh):
+            assert unroll() is wanted
+    assert compiler_options(eight) == {"xla_cpu_multi_thread_eigen": False}
+    assert compiler_options(one) == compiler_options(jax.sharding.get_mesh()) == compiler_options(None) == {}
+
+
+@pytest.mark.parametrize("asked,threads", [
+    ({}, "None"), ({"JAX_NUM_CPU_DEVICES": "1"}, "None"), ({"JAX_NUM_CPU_DEVICES": "4"}, "16"),
+    ({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, "32"),
+    ({"JAX_NUM_CPU_DEVICES": "4", "NPROC": "9"}, "9"),
+])  # fmt: skip
+def test_devices_that_the_environment_asks_for_have_threads(root, asked, threads):
+    env = {k: v for k, v in os.environ.items() if k not in ("NPROC", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES")} | asked
+    command = [sys.executable, "-c", "import os, bytelm; print(os.environ.get('NPROC'))"]
+    assert subprocess.run(command, env=env, cwd=root, capture_output=True, text=True).stdout.strip() == threads

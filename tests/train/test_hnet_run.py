@@ -1,7 +1,9 @@
 """Training an H-Net: meshes, capacities, the whole state through a checkpoint, published weights, the report."""
 
 import dataclasses
+import itertools
 import json
+import re
 import shutil
 
 import jax
@@ -40,6 +42,9 @@ def own_cache(tmp_path, monkeypatch):
 CAPACITY = CapacityConfig(start=(1.0,), every=2, margin=1.2, multiple=4)
 
 
+SHARED = re.compile(r" (collective-permute|all-gather|all-reduce|all-to-all|reduce-scatter)\(.* channel_id=1,")
+
+
 def hnet_run(run_dir, levels=1, capacity=CAPACITY, model=None, **sections):
     config = dataclasses.replace(
         run_config(run_dir, **sections), model=model or hnet(levels, capacity=capacity, embed_std=0.1)
@@ -51,20 +56,25 @@ def losses(run_dir):
     return {r["step"]: r["loss"] for r in read_metrics(run_dir / "metrics.jsonl") if "loss" in r}
 
 
-def steps_on(mesh_sizes, devices, capacity=(20, 12)):
+def steps_on(mesh_sizes, devices, capacity=(20, 12), repeats=1):
+    """Losses and chunks of five steps, each time from the same beginning; the last state; the program."""
     config = hnet_run("unused", levels=2, mesh=mesh_sizes)
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     sources, _ = load_text(config.data)
-    batches = Batches(sources, config.data, byte_ids(config.model), seed=0)
+    batches = list(itertools.islice(Batches(sources, config.data, byte_ids(config.model), seed=0), 5))
     with jax.set_mesh(mesh):
         setup = plan_state(config, mesh)
-        state = init_state(config, setup)
+        start = init_state(config, setup)
         step = make_train_step(config, setup)
-        out = []
-        for _ in range(5):
-            state, metrics = step(state, place_batch(next(batches), mesh), capacity)
-            out.append([float(metrics[name]) for name in ("nll", "level0/fraction", "level1/bytes_per_chunk")])
-    return np.array(out), state
+        runs = []
+        for _ in range(repeats):
+            state, out = jax.tree.map(jnp.copy, start), []
+            for batch in batches:
+                state, metrics = step(state, place_batch(batch, mesh), capacity)
+                out.append([float(metrics[name]) for name in ("nll", "level0/fraction", "level1/bytes_per_chunk")])
+            runs.append(out)
+        program = step.lower(start, place_batch(batches[0], mesh), capacity).compile().as_text()
+    return np.array(runs), state, program
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +85,14 @@ def on_one_device():
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp,sequence,tensor", [(2, 1, 4), (4, 1, 2), (1, 4, 2)])
 def test_meshes_equal_one_device(on_one_device, fsdp, sequence, tensor):
-    want, state = on_one_device
-    got, sharded = steps_on({"data": 1, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}, 8)
-    np.testing.assert_allclose(got[:, 0], want[:, 0], atol=1e-5)
-    np.testing.assert_allclose(got[:, 1:], want[:, 1:], rtol=1e-5)
+    """Every time: XLA on a CPU does not keep collectives within loops in order."""
+    (want,), state, _ = on_one_device
+    got, sharded, program = steps_on({"data": 1, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}, 8, repeats=4)
+    loops, main = program.split("\nENTRY ")
+    assert bool(SHARED.search(main)) >= (sequence > 1) and not SHARED.search(loops)
+    np.testing.assert_array_equal(got, got[:1].repeat(4, axis=0))
+    np.testing.assert_allclose(got[0, :, 0], want[:, 0], atol=1e-5)
+    np.testing.assert_allclose(got[0, :, 1:], want[:, 1:], rtol=1e-5)
     np.testing.assert_allclose(sharded["chunks"]["need"], state["chunks"]["need"], rtol=1e-6)
     router = sharded["params"]["backbone"]["inner"]["router"]["q"]["kernel"]
     assert router.addressable_shards[0].data.size * fsdp * sequence == router.size
